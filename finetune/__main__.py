@@ -1,0 +1,5 @@
+"""`python -m finetune`, and `accelerate launch -m finetune ...`."""
+
+from finetune.cli import main
+
+main()

@@ -1,0 +1,115 @@
+"""All that is special about DeepSpeed. Imported by the engine; imports deepspeed only inside functions."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from finetune.backend.probe import check_compile_locks
+from finetune.launch import Strategy
+
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default for its gradient buckets
+
+
+def make_plugin(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float):
+    """accelerate's DeepSpeedPlugin from the launch environment, with the recipe's knobs written in.
+
+    The knobs must be in before `prepare`: accelerate reads "auto" clipping as 1.0 and takes the micro-batch size from a data
+    loader that we do not prepare.
+    """
+    check_compile_locks()
+    from accelerate import DeepSpeedPlugin
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    plugin = DeepSpeedPlugin()
+    plugin.gradient_accumulation_steps = accumulation_steps
+    config = plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = per_device_rows
+    config["gradient_accumulation_steps"] = accumulation_steps
+    config["gradient_clipping"] = float(max_grad_norm)
+    config["zero_force_ds_cpu_optimizer"] = False  # the optimizer is ours to choose (kernels.py), SGD included
+    config["zero_allow_untested_optimizer"] = True
+    if strategy.mixed_precision != "no":
+        # a window's gradients are added up in float32: bf16 buffers lose bits with every micro-batch
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return plugin
+
+
+def size_buffers(config: dict, parameters: list[nn.Parameter]) -> None:
+    """Cut buffers to the model's size, in place: the defaults (5e8 elements) cost gigabytes for a small model.
+
+    NVMe swap buffers must hold the largest parameter; DeepSpeed's default of 1e8 elements is smaller than an embedding.
+    """
+    sizes = [parameter_elements(p) for p in parameters]
+    total, largest = sum(sizes), max(sizes)
+    zero = config["zero_optimization"]
+    for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+        zero.setdefault(key, max(1, min(total, BUCKET_ELEMENTS // (10 if "prefetch" in key else 1))))
+    offload = zero.get("offload_param") or {}
+    if offload.get("device") == "nvme":
+        offload.setdefault("buffer_size", largest)
+        offload.setdefault("buffer_count", 5)
+    if any((zero.get(k) or {}).get("device") == "nvme" for k in ("offload_param", "offload_optimizer")):
+        config.setdefault("aio", {"block_size": 1048576, "queue_depth": 8, "single_submit": False,
+                                  "overlap_events": True})  # fmt: skip
+
+
+def parameter_elements(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, also where ZeRO-3 holds only a shard."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, also where ZeRO-3 holds only a shard."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def op_is_built(name: str) -> bool:
+    """Whether one of DeepSpeed's C++ ops has been compiled on this machine before."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return (Path(_get_build_directory(name, verbose=False)) / f"{name}.so").exists()
+
+
+def compile_op(builder_name: str, say) -> None:
+    """Build and load a C++ op ahead of its first use; says what is going on when that means compiling."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder, AsyncIOBuilder
+
+    builder = {"cpu_adam": CPUAdamBuilder, "async_io": AsyncIOBuilder}[builder_name]()
+    if not op_is_built(builder.name):
+        say(f"DeepSpeed compiles its {builder.name} op once on this machine; this takes up to a few minutes ...")
+    builder.load(verbose=False)
+
+
+def cpu_adam(groups: list[dict], **settings) -> torch.optim.Optimizer:
+    """DeepSpeed's CPU Adam in AdamW mode, for optimizer states in host memory."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+
+
+def whole_parameter(parameter: nn.Parameter, keep: bool) -> Tensor | None:
+    """The whole parameter on the CPU, its float32 master where one exists. A collective: every rank calls it.
+
+    Returns None where `keep` is false, so that only one rank pays for the copy.
+    """
+    from deepspeed import zero
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if parameter.requires_grad:
+        value = safe_get_full_fp32_param(parameter)
+        return value.detach().to("cpu", copy=True) if keep and value is not None else None
+    gather = zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
+    with gather:
+        return parameter.detach().to("cpu", copy=True) if keep else None
+
+
+def destroy(accelerator) -> None:
+    """Free accelerate's DeepSpeed engine so that the next `prepare` is not sent to it (it keeps only the first)."""
+    accelerator.deepspeed_engine_wrapped = None
+    accelerator._models.clear()
+    accelerator._optimizers.clear()

@@ -1,0 +1,196 @@
+"""The few verbs the training loop may use, the same under one process, DDP and DeepSpeed ZeRO.
+
+The scale: for a window with the denominator D (trained tokens of all ranks) the update must be the gradient of
+sum(losses) / D. DDP and DeepSpeed average over the N ranks, Accelerate and DeepSpeed divide by the configured accumulation
+steps G, so each micro-batch's summed loss is multiplied by N x G / D. Nothing here depends on how many micro-batches a
+window has: the flag `last` ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from finetune.backend import deepspeed as ds
+from finetune.backend.probe import check_world, has_accelerator, prepare_environment
+from finetune.errors import UserError
+from finetune.launch import Strategy
+
+
+@dataclass
+class Engine:
+    """Accelerate, prepared. `module` returns a micro-batch's summed loss; `optimizer` steps inside the last micro_step."""
+
+    accelerator: Accelerator
+    strategy: Strategy
+    max_grad_norm: float
+    module: nn.Module = field(init=False, repr=False)
+    optimizer: torch.optim.Optimizer = field(init=False, repr=False)
+    last_grad_norm: float = field(init=False, default=math.nan)
+    applied: bool = field(init=False, default=False)
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def ranks(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether fp16 loss scaling is on: an overflow then skips the step and is nobody's fault."""
+        return self.strategy.mixed_precision == "fp16"
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Wrap the summed-loss module and its optimizer for this engine."""
+        if self.strategy.engine == "deepspeed":
+            ds.size_buffers(self.accelerator.state.deepspeed_plugin.deepspeed_config, list(module.parameters()))
+        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+
+    def set_lr(self, learning_rate: float) -> None:
+        """Learning rate of the next optimizer step. Before the window's backward: DeepSpeed steps inside the last one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def micro_step(self, batch: dict[str, Tensor], denominator: float, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; when `last`, also clip, step and clear the gradients.
+
+        Returns the micro-batch's summed loss, detached. `denominator` is the window's, over all ranks.
+        """
+        self.accelerator.sync_gradients = last
+        with self._reduce_only_when(last):
+            summed_loss = self.module(self._to_device(batch))
+            steps = self.accelerator.gradient_accumulation_steps
+            self.accelerator.backward(summed_loss * (self.ranks * steps / denominator))
+        if last:
+            self._end_window()
+        return summed_loss.detach()
+
+    def _reduce_only_when(self, last: bool) -> contextlib.AbstractContextManager:
+        # ZeRO-2 and 3 refuse no_sync; under DeepSpeed the boundary flag (sync_gradients) says the same.
+        if last or self.strategy.engine == "deepspeed":
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(self.module)
+
+    def _end_window(self) -> None:
+        if self.strategy.engine == "deepspeed":
+            # accelerate's wrapper has clipped and stepped inside the backward
+            wrapped = self.accelerator.deepspeed_engine_wrapped
+            self.last_grad_norm = float(wrapped.get_global_grad_norm())
+            self.applied = bool(wrapped.engine.was_step_applied())
+            return
+        limit = self.max_grad_norm or math.inf
+        self.last_grad_norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), limit))
+        if self.accelerator.scaler is None and not math.isfinite(self.last_grad_norm):
+            self.applied = False
+        else:
+            self.optimizer.step()
+            self.applied = not self.accelerator.optimizer_step_was_skipped
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def grad_norm(self) -> float:
+        """L2 norm of the last window's gradient over all parameters and ranks, before clipping."""
+        return self.last_grad_norm
+
+    @torch.no_grad()
+    def summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed loss of one micro-batch without gradients. Every rank must call it equally often (ZeRO-3 gathers)."""
+        return self.module(self._to_device(batch)).detach()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The module in evaluation mode, then back in training mode."""
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train()
+
+    def total(self, *values: float | Tensor) -> list[float]:
+        """Sums over all ranks, one collective for all values."""
+        local = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device) for v in values])
+        return self.accelerator.reduce(local, reduction="sum").tolist()
+
+    def gather_state(self, only_trained: bool = False) -> dict[str, Tensor]:
+        """Whole parameters and buffers by name (without the wrapper's prefix), on the CPU of rank 0; {} elsewhere.
+
+        A collective. Under DeepSpeed trained parameters come as their float32 masters. One parameter at a time is whole.
+        """
+        keep = self.accelerator.is_main_process
+        state = {}
+        inner = self.inner_model()
+        for name, parameter in inner.named_parameters():
+            if only_trained and not parameter.requires_grad:
+                continue
+            if self.strategy.engine == "deepspeed":
+                value = ds.whole_parameter(parameter, keep)
+            else:
+                value = parameter.detach().to("cpu", copy=True) if keep else None
+            if keep:
+                state[name] = value
+        if keep and not only_trained:
+            names = set(inner.state_dict().keys()) if self.strategy.zero_stage < 3 else set()
+            state.update({n: b.detach().cpu() for n, b in inner.named_buffers() if n in names})
+        return state
+
+    def inner_model(self) -> nn.Module:
+        """The Hugging Face (or peft) model inside the wrappers."""
+        return self.accelerator.unwrap_model(self.module).model
+
+    def wait(self) -> None:
+        """Barrier over all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group; the last call."""
+        self.accelerator.end_training()
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def start(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float, say=print) -> Engine:
+    """Start Accelerate for this strategy, configured once for windows of about `accumulation_steps` micro-batches.
+
+    Raises UserError when the world that came up is not the one that was asked for, or fp16 has no loss scaler.
+    """
+    prepare_environment(strategy)
+    if strategy.mixed_precision == "fp16" and not has_accelerator():
+        raise UserError(
+            f"{strategy.source}: mixed_precision is fp16, but no loss scaler runs on the CPU and small gradients would"
+            " vanish. Use bf16 or 'no'."
+        )
+    # at least 2: with 1, DeepSpeed steps and reduces on every micro-batch whatever the boundary flag says
+    configured = max(2, accumulation_steps)
+    plugin = None
+    if strategy.engine == "deepspeed":
+        plugin = ds.make_plugin(strategy, configured, per_device_rows, max_grad_norm)
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if not has_accelerator() and strategy.engine != "single":
+        # without it each DeepSpeed rank on a CPU believes it is alone; in a plain single process it crashes
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(
+        cpu=True if strategy.use_cpu and strategy.engine != "deepspeed" else None,
+        mixed_precision=strategy.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=configured, sync_with_dataloader=False),
+        deepspeed_plugin=plugin,
+        kwargs_handlers=handlers,
+    )
+    check_world(strategy, accelerator.num_processes)
+    if strategy.offload_optimizer != "none":
+        ds.compile_op("cpu_adam", say)
+    if "nvme" in (strategy.offload_optimizer, strategy.offload_param):
+        ds.compile_op("async_io", say)
+    return Engine(accelerator, strategy, max_grad_norm)

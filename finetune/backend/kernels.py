@@ -1,0 +1,50 @@
+"""The one resolver of optional kernels and optimizers: what is fastest here, and one line that says what was picked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from finetune.backend import deepspeed as ds
+from finetune.backend.probe import has_accelerator
+from finetune.errors import UserError
+from finetune.launch import Strategy
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The recipe's optimizer: `kind` is adamw, adamw_8bit, paged_adamw_8bit or sgd; the rest as in torch."""
+
+    kind: str
+    learning_rate: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+
+
+def build_optimizer(groups: list[dict], settings: OptimizerSettings, strategy: Strategy) -> torch.optim.Optimizer:
+    """The optimizer for parameter groups (torch's format) under this strategy. Raises UserError where none works."""
+    if settings.kind == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate)
+    common = dict(lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+    if settings.kind in ("adamw_8bit", "paged_adamw_8bit"):
+        if strategy.offload_optimizer != "none":
+            raise UserError(
+                f"training.optim is {settings.kind}, but {strategy.source} offloads the optimizer, and DeepSpeed's CPU"
+                " Adam keeps 32-bit states. Use optim: adamw, or a launch file without optimizer offload."
+            )
+        import bitsandbytes
+
+        name = "AdamW8bit" if settings.kind == "adamw_8bit" else "PagedAdamW8bit"
+        return getattr(bitsandbytes.optim, name)(groups, **common)
+    if strategy.offload_optimizer != "none":
+        return ds.cpu_adam(groups, **common)
+    return torch.optim.AdamW(groups, **common, fused=has_accelerator())
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """What people call this optimizer, for the printed plan."""
+    fused = " (fused)" if getattr(optimizer, "defaults", {}).get("fused") else ""
+    return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}{fused}"

@@ -1,0 +1,96 @@
+"""What machine and world this process is in: device, ranks, bytes. No side effects but `prepare_environment`."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from finetune.backend.parents import launched_by
+from finetune.errors import UserError
+from finetune.launch import Strategy
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a device other than the CPU."""
+    return torch.accelerator.is_available()
+
+
+def device_name() -> str:
+    """The device people would name: the GPU's product name, or `CPU (n threads)`."""
+    if has_accelerator():
+        module = torch.get_device_module(torch.accelerator.current_accelerator())
+        return module.get_device_name() if hasattr(module, "get_device_name") else str(module.__name__)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def device_peak_bytes() -> int:
+    """Highest device memory allocated by this process so far, 0 where there is no device but the CPU."""
+    return int(torch.accelerator.max_memory_allocated()) if has_accelerator() else 0
+
+
+def host_peak_bytes() -> int:
+    """Highest resident set size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def prepare_environment(strategy: Strategy) -> None:
+    """Environment that must be set before accelerate or DeepSpeed is imported. The user sets nothing.
+
+    Without a GPU, DeepSpeed must be told that the CPU is its device, or it guesses from what is installed.
+    """
+    # A rank on the CPU shares its cores with the others; torch takes all of them for each unless told.
+    if strategy.engine == "deepspeed" and not has_accelerator():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked after tokenising: avoids a warning per process
+
+
+def check_world(strategy: Strategy, accelerate_ranks: int) -> None:
+    """Ranks asked for, seen by accelerate and seen by torch must agree. Raises UserError with advice."""
+    asked, _ = launched_by()
+    torch_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if asked in (None, accelerate_ranks) and accelerate_ranks == torch_ranks == strategy.ranks:
+        return
+    asked_text = "nothing was said about processes" if asked is None else f"{asked} were asked for"
+    raise UserError(
+        f"launch: the number of processes does not agree: {asked_text}, accelerate sees {accelerate_ranks}, torch sees"
+        f" {torch_ranks}. `accelerate launch --cpu` starts one process whatever --num_processes says; for two ranks on"
+        " the CPU use --config_file accelerate_configs/cpu_2_ranks.yaml, or `python -m torch.distributed.run"
+        " --nproc_per_node 2`. For GPUs use accelerate_configs/multi_gpu.yaml."
+    )
+
+
+def stale_compile_locks(root: Path | None = None) -> list[Path]:
+    """Lock files of torch's extension builder that no living process of this host holds open.
+
+    The builder waits for `<root>/*/<op>/lock` to vanish, for ever and without a word. A live owner keeps the file open
+    (torch.utils.file_baton), so an owner that was killed is known for certain.
+    """
+    root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    locks = {p.resolve() for pattern in ("*/lock", "*/*/lock") for p in root.glob(pattern)}
+    return sorted(locks - _open_files()) if locks else []
+
+
+def _open_files() -> set[Path]:
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            found.update(Path(f.path) for f in process.open_files())
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def check_compile_locks() -> None:
+    """Raises UserError naming stale lock files, before DeepSpeed's first import would hang on them."""
+    stale = stale_compile_locks()
+    if stale:
+        raise UserError(
+            "DeepSpeed: a build of its C++ ops was killed and left a lock behind; every later start would wait for it"
+            " for ever. No process holds it. Remove it and start again:\n  rm " + " ".join(map(str, stale))
+        )

@@ -1,0 +1,82 @@
+"""The command line: wiring only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from finetune.exits import guarded, is_launched, run_rank
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Fine-tune causal language models with exact gradient accumulation.",
+    pretty_exceptions_enable=False,
+)
+Recipe = Annotated[str, typer.Argument(help="recipe.yaml")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value, for example training.max_steps=20")]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    launch: Annotated[Optional[str], typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
+) -> None:
+    """Check the recipe, launch the trainer and end with its status."""
+    from finetune.errors import UserError
+
+    if is_launched():
+        if launch is not None:
+            sys.exit(guarded(lambda: _raise(UserError("--launch: this process is already one rank of a launch. Drop it."))))
+        run_rank([recipe, *(overrides or [])])
+    from finetune.launching import launch_train
+
+    sys.exit(guarded(lambda: launch_train(recipe, overrides or [], launch)))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="a trained folder (output_dir/model), an adapter, or a hub id")],
+    prompt: Annotated[list[str], typer.Argument(help="what the user says; several prompts give several answers")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, tokens")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(help="for temperature > 0")] = 0,
+) -> None:
+    """Print the model's answer to a prompt."""
+
+    def body() -> None:
+        from finetune.generate import answers
+
+        for text in answers(model, prompt, max_new_tokens, temperature, seed):
+            print(text, flush=True)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="an adapter folder, for example runs/x/model")],
+    output: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+) -> None:
+    """Merge an adapter into its base model, and compare the logits before and after."""
+
+    def body() -> None:
+        from finetune.merge import merge_adapter
+
+        print(merge_adapter(model, output, dtype), flush=True)
+
+    sys.exit(guarded(body))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def main() -> None:
+    """Console script."""
+    app()

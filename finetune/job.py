@@ -1,0 +1,127 @@
+"""One job, assembled once for training, verification and comparison: engine, summed-loss module, data, optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from finetune import data, launch, model
+from finetune.backend import engine as backend_engine
+from finetune.backend.deepspeed import parameter_elements
+from finetune.backend.kernels import optimizer_name
+from finetune.data import PreparedData, TokenRows
+from finetune.errors import UserError
+from finetune.launch import Strategy
+from finetune.objectives import SummedLoss
+from finetune.optim import make_optimizer
+from finetune.recipe import Loaded
+from finetune.schedule import Schedule, warmup_steps_of
+from finetune.windows import BatchPlan, Window, deal, derive_batch, epoch_rows, planned_windows, windows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before a weight is read: batch arithmetic, schedule, model facts, tokenised data."""
+
+    loaded: Loaded
+    strategy: Strategy
+    batch: BatchPlan
+    max_grad_norm: float
+    facts: model.ModelFacts
+    tokenizer: object
+    data: PreparedData
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan on a running engine."""
+
+    plan: Plan
+    engine: backend_engine.Engine
+    description: dict
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.plan.schedule
+
+    @property
+    def batch(self) -> BatchPlan:
+        return self.plan.batch
+
+    @property
+    def seed(self) -> int:
+        return self.plan.loaded.recipe.training.seed
+
+    @property
+    def train_rows(self) -> TokenRows:
+        return self.plan.data.train
+
+    @property
+    def evaluation_rows(self) -> TokenRows | None:
+        return self.plan.data.evaluation
+
+    def windows(self) -> Iterator[Window]:
+        """Every window of the run, endless when max_steps ends it."""
+        training = self.plan.loaded.recipe.training
+        epochs = math.inf if training.max_steps is not None else training.num_train_epochs
+        return windows(len(self.train_rows), self.batch.global_batch_rows, self.seed, epochs)
+
+    def micro_batches(self, window: Window) -> list[dict[str, Tensor]]:
+        """This rank's micro-batches of a window, on the host; equally many on every rank, some perhaps empty."""
+        share = deal(window.rows, self.engine.ranks, self.batch.per_device_rows)[self.engine.rank]
+        return [self.collate(self.train_rows, rows) for rows in share]
+
+    def collate(self, source: TokenRows, rows: tuple[int, ...]) -> dict[str, Tensor]:
+        """One micro-batch (rows, tokens) of these rows of a source; an empty one for no rows."""
+        return data.collate([source.row(i) for i in rows], self.plan.tokenizer.pad_token_id)
+
+
+def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> Plan:
+    """Everything that can be wrong before weights are read. No process group: every rank calls it by itself.
+
+    Raises UserError.
+    """
+    steps, max_grad_norm = launch.merge_knobs(loaded, strategy)
+    training = loaded.recipe.training
+    batch = derive_batch(
+        training.global_batch_size, training.per_device_train_batch_size, steps, strategy.ranks, loaded.where
+    )
+    facts = model.facts(loaded)
+    tokenizer = model.load_tokenizer(loaded)
+    prepared = data.prepare(loaded, tokenizer, say)
+    if prepared.summary["max_token_id"] >= facts.vocabulary:
+        raise UserError(
+            f"{loaded.where('model.name_or_path')}: the tokenizer gives token id {prepared.summary['max_token_id']}, but"
+            f" the model's embedding ends at {facts.vocabulary - 1}. Use the tokenizer the model was trained with."
+        )
+    schedule = make_schedule(loaded, batch, len(prepared.train))
+    return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule)
+
+
+def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
+    """The recipe's learning-rate schedule over a training set of `rows` rows."""
+    training = loaded.recipe.training
+    if training.max_steps is not None:
+        planned, total_rows = training.max_steps, None
+    else:
+        planned = planned_windows(rows, batch.global_batch_rows, training.num_train_epochs)
+        total_rows = sum(epoch_rows(rows, training.num_train_epochs))
+    warmup = warmup_steps_of(training.warmup_ratio, training.warmup_steps, planned)
+    return Schedule(training.lr_scheduler_type, training.learning_rate, warmup, planned, training.max_steps, total_rows)
+
+
+def assemble(plan: Plan, say: Callable[[str], None]) -> Job:
+    """Start the engine, load the model, build the optimizer, prepare. A collective. Raises UserError."""
+    engine = backend_engine.start(
+        plan.strategy, plan.batch.accumulation_steps, plan.batch.per_device_rows, plan.max_grad_norm, say
+    )
+    network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
+    trained, parameters = model.parameter_counts(network, parameter_elements)
+    optimizer = make_optimizer(network, plan.loaded.recipe, plan.strategy)
+    name = optimizer_name(optimizer)
+    engine.prepare(SummedLoss(network), optimizer)
+    return Job(plan, engine, {"parameters": parameters, "trained_parameters": trained, "optimizer": name})

@@ -1,0 +1,112 @@
+"""Training: one window, one StepResult. Logging, evaluation and saving consume the results; none of it lives here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from finetune.errors import Diverged
+from finetune.job import Job
+from finetune.objectives import trained_tokens
+from finetune.windows import Window, deal
+
+MAX_SKIPPED_IN_A_ROW = 50  # fp16's loss scaler halves its scale at each: far below any useful one by then
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one window did. Losses and counts are over all ranks; `step` counts applied optimizer steps, this one included."""
+
+    step: int
+    window: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    input_tokens: int
+    rows: int
+    gradient_accumulation_steps: int
+    step_seconds: float
+    applied: bool
+
+
+def train(job: Job) -> Iterator[StepResult]:
+    """Train until the schedule ends, yielding after every window. Raises Diverged at the first number that is not finite."""
+    step, applied_rows, skipped = 0, 0, 0
+    for window in job.windows():
+        if job.schedule.finished(step, applied_rows):
+            return
+        result = train_window(job, window, step, applied_rows)
+        step, applied_rows = result.step, applied_rows + (len(window.rows) if result.applied else 0)
+        skipped = 0 if result.applied else skipped + 1
+        _refuse_divergence(job, result, skipped)
+        yield result
+
+
+def train_window(job: Job, window: Window, step: int, applied_rows: int) -> StepResult:
+    """One window: count its trained tokens over all ranks, then accumulate its micro-batches into one optimizer step."""
+    started = time.perf_counter()
+    engine = job.engine
+    micro_batches = job.micro_batches(window)  # this rank's share; the same number on every rank
+    learning_rate = job.schedule.learning_rate(step, applied_rows)
+    tokens, input_tokens = engine.total(
+        sum(trained_tokens(batch) for batch in micro_batches),
+        sum(int(batch["attention_mask"].sum()) for batch in micro_batches if trained_tokens(batch)),
+    )
+    engine.set_lr(learning_rate)
+    summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for k, micro_batch in enumerate(micro_batches):
+        seed_randomness(job.seed, window.index, k, engine.rank)
+        summed_loss += engine.micro_step(micro_batch, denominator=tokens, last=k == len(micro_batches) - 1)
+    (loss,) = engine.total(summed_loss / tokens)
+    return StepResult(
+        step=step + engine.applied,
+        window=window.index + 1,
+        epoch=window.epoch + (window.first_row + len(window.rows)) / len(job.train_rows),
+        loss=loss,
+        grad_norm=engine.grad_norm(),
+        learning_rate=learning_rate,
+        tokens=int(tokens),
+        input_tokens=int(input_tokens),
+        rows=len(window.rows),
+        gradient_accumulation_steps=len(micro_batches),
+        step_seconds=time.perf_counter() - started,
+        applied=engine.applied,
+    )
+
+
+def evaluate(job: Job) -> float:
+    """Mean loss per trained token over the whole evaluation set, all ranks, nats. Exact whatever the batches and ranks."""
+    engine = job.engine
+    summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+    tokens = 0
+    with engine.evaluating():
+        for rows in deal(range(len(job.evaluation_rows)), engine.ranks, job.batch.per_device_rows)[engine.rank]:
+            batch = job.collate(job.evaluation_rows, rows)  # padded with empty micro-batches to the same number per rank
+            summed_loss += engine.summed_loss(batch)
+            tokens += trained_tokens(batch)
+    total_loss, total_tokens = engine.total(summed_loss, tokens)
+    return total_loss / total_tokens
+
+
+def seed_randomness(seed: int, window: int, micro_batch: int, rank: int) -> None:
+    """Dropout's randomness as a function of its place in the run, so that no generator state has to survive anything."""
+    words = np.random.SeedSequence([seed, window, micro_batch, rank]).generate_state(2)
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+def _refuse_divergence(job: Job, result: StepResult, skipped: int) -> None:
+    if math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or job.engine.scales_loss):
+        if skipped < MAX_SKIPPED_IN_A_ROW:
+            return
+    raise Diverged(
+        f"diverged in window {result.window} (step {result.step}): loss {result.loss}, gradient norm {result.grad_norm},"
+        f" {skipped} windows in a row not applied. No weights were written. Lower training.learning_rate, warm up longer,"
+        " or look at the rows of this window."
+    )

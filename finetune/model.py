@@ -1,0 +1,119 @@
+"""The model: its facts from the config alone, its tokenizer, and its weights made ready for training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from finetune.errors import UserError
+from finetune.launch import Strategy
+from finetune.recipe import Loaded
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the config says, before any weight is read. `export_dtype` is model.dtype with auto resolved."""
+
+    architecture: str
+    vocabulary: int
+    max_positions: int | None
+    export_dtype: str
+
+
+def facts(loaded: Loaded) -> ModelFacts:
+    """Read the model's config. Raises UserError (with the recipe's line) when there is none to read."""
+    from transformers import AutoConfig
+
+    section = loaded.recipe.model
+    try:
+        config = AutoConfig.from_pretrained(section.name_or_path, revision=section.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_not_loadable(loaded, "config.json", error)) from error
+    text = config.get_text_config()
+    checkpoint_dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return ModelFacts(
+        architecture=(config.architectures or [type(config).__name__])[0],
+        vocabulary=text.vocab_size,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        export_dtype=checkpoint_dtype if section.dtype == "auto" else section.dtype,
+    )
+
+
+def load_tokenizer(loaded: Loaded):
+    """The model's tokenizer. Raises UserError when the folder or hub id has none."""
+    from transformers import AutoTokenizer
+
+    section = loaded.recipe.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(section.name_or_path, revision=section.revision)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(_not_loadable(loaded, "tokenizer", error)) from error
+    if tokenizer.pad_token_id is None:
+        # only used to fill rows up; what is trained is decided by position, so eos may serve
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def _not_loadable(loaded: Loaded, what: str, error: Exception) -> str:
+    name = loaded.recipe.model.name_or_path
+    return (
+        f"{loaded.where('model.name_or_path')}: model.name_or_path is {name}, but its {what} cannot be loaded:"
+        f" {str(error).splitlines()[0]} Give a folder written by save_pretrained, or the id of a model on the Hugging"
+        " Face hub that you can reach (for gated models: `hf auth login`)."
+    )
+
+
+def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, device: torch.device) -> nn.Module:
+    """The model with its trainable part in place, on the host (QLoRA: on `device`, where it is quantised).
+
+    Full fine-tuning trains float32 weights; with LoRA the frozen base stays in model.dtype and the adapters are float32.
+    Under ZeRO-3 each rank holds its shard only (zero.Init through transformers, set up by the engine before).
+    Raises UserError when the weights cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    section, lora = loaded.recipe.model, loaded.recipe.lora
+    options = {"revision": section.revision, "dtype": torch.float32 if lora is None else DTYPES[model_facts.export_dtype]}
+    if section.load_in_4bit:
+        options |= {"quantization_config": _nf4(strategy), "device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(section.name_or_path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loadable(loaded, "weights", error)) from error
+    model.config.use_cache = False
+    if lora is not None:
+        model = _add_adapters(model, lora, loaded.recipe.training.seed)
+    if loaded.recipe.training.gradient_checkpointing:
+        # non-reentrant: works when the input needs no gradient, as with LoRA's frozen embedding
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model
+
+
+def _nf4(strategy: Strategy):
+    from transformers import BitsAndBytesConfig
+
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(strategy.mixed_precision, torch.float32)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=compute)  # fmt: skip
+
+
+def _add_adapters(model: nn.Module, lora, seed: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)  # the same adapters on every rank and under every engine
+    return get_peft_model(
+        model,
+        LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+                   task_type="CAUSAL_LM"),  # fmt: skip
+    )
+
+
+def parameter_counts(model: nn.Module, elements) -> tuple[int, int]:
+    """(trained, all) parameters; `elements(parameter)` counts whole parameters also where ZeRO-3 holds shards."""
+    sizes = [(elements(p), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)

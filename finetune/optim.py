@@ -1,0 +1,34 @@
+"""Parameter groups of the recipe's optimizer. Which implementation runs is the backend's choice."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from finetune.backend.deepspeed import parameter_shape
+from finetune.backend.kernels import OptimizerSettings, build_optimizer
+from finetune.launch import Strategy
+from finetune.recipe import Recipe
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, strategy: Strategy) -> torch.optim.Optimizer:
+    """Optimizer over the trained parameters; weight decay on matrices only, as in Hugging Face's Trainer.
+
+    Raises UserError where optimizer and strategy exclude each other.
+    """
+    training = recipe.training
+    settings = OptimizerSettings(
+        kind=training.optim,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        beta1=training.adam_beta1,
+        beta2=training.adam_beta2,
+        epsilon=training.adam_epsilon,
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not training.weight_decay:
+        return build_optimizer([{"params": trained, "weight_decay": 0.0}], settings, strategy)
+    matrices = [p for p in trained if len(parameter_shape(p)) >= 2]
+    others = [p for p in trained if len(parameter_shape(p)) < 2]
+    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return build_optimizer([g for g in groups if g["params"]], settings, strategy)

@@ -1,0 +1,195 @@
+"""Reads a recipe: strict YAML plus command-line overrides become one frozen `Recipe`, or every problem at once."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.recipe_check import check, lookup, show
+from finetune.recipe_fields import (
+    EXCLUSIVE,
+    DataSection,
+    EvaluationSection,
+    LoggingSection,
+    LoraSection,
+    ModelSection,
+    Recipe,
+    SourceSection,
+    TrainingSection,
+)
+from finetune.recipe_yaml import KeyPath, dotted, dump, key_path, parse
+
+__all__ = [
+    "DataSection",
+    "EvaluationSection",
+    "Loaded",
+    "LoggingSection",
+    "LoraSection",
+    "ModelSection",
+    "Recipe",
+    "SourceSection",
+    "TrainingSection",
+    "load",
+]
+
+COMMAND_LINE = "command line"
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?$")
+_FILE_NAME = re.compile(r"\.(?:jsonl?|txt|csv|tsv|parquet|arrow|md|ya?ml|gz|zst|safetensors|gguf|bin)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe and where each of its values came from."""
+
+    recipe: Recipe
+    path: Path  # of the recipe file, absolute
+    _name: str = field(repr=False)
+    _given: Mapping[str, Any] = field(repr=False)
+    _lines: Mapping[KeyPath, int] = field(repr=False)
+    _overridden: frozenset[KeyPath] = field(repr=False)
+
+    def where(self, key: str) -> str:
+        """Where a dotted key (`data.train[0].path`) was said: `recipe.yaml:14`, or `command line`.
+
+        A key that was not said leads to the section it belongs in, or to the file alone.
+        """
+        return _where(key_path(key), self._name, self._lines, self._overridden)
+
+    def is_set(self, key: str) -> bool:
+        """Whether the file or an override gives the dotted key (False: it has its default)."""
+        return lookup(self._given, key_path(key)) is not None
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML: every default written out, no nulls, local paths absolute."""
+        return dump(self.recipe.model_dump(exclude_none=True))
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
+    """Reads the recipe at `path`, then `section.key=value` overrides.
+
+    Paths in the file are sought in the recipe's folder, then in the working directory; in overrides the other way
+    round. An override of one of two keys that exclude each other (max_steps, num_train_epochs) displaces the other.
+
+    Raises UserError with every problem found, each starting with its place.
+    """
+    name = os.fspath(path)
+    document = parse(_read(name))
+    problems = [(name, line, f"{name}:{line}: {message}") for line, message in document.problems]
+    given = document.value
+    if given is None and not document.problems:
+        raise UserError(f"{name}: the file is empty. A recipe needs at least model, data and output_dir.")
+    if given is None:
+        raise UserError([text for _, _, text in problems])
+    if not isinstance(given, dict):
+        raise UserError(f"{name}:1: a recipe is a mapping of sections (model: ...), but this is {show(given)}.")
+    given = copy.deepcopy(given)
+    overridden, wrong = _override(given, overrides)
+    resolved = copy.deepcopy(given)
+    recipe_folder = Path(name).absolute().parent
+    found = _resolve_paths(resolved, recipe_folder, overridden)
+    recipe, more = check(resolved)
+    for key, sentence in [*found, *more]:
+        place = _where(key, name, document.lines, overridden)
+        line = int(place.rpartition(":")[2]) if place.startswith(f"{name}:") else 0
+        problems.append((place.removesuffix(f":{line}"), line, f"{place}: {sentence}"))
+    problems.sort(key=lambda problem: (problem[0] == COMMAND_LINE, problem[1]))
+    messages = [text for _, _, text in problems] + wrong
+    if messages or recipe is None:
+        raise UserError(messages)
+    return Loaded(recipe, Path(name).absolute(), name, given, document.lines, frozenset(overridden))
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such recipe file.") from None
+    except IsADirectoryError:
+        raise UserError(f"{name}: is a folder, not a recipe file.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: is not UTF-8 text (byte {error.start}).") from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}.") from None
+
+
+def _where(key: KeyPath, name: str, lines: Mapping[KeyPath, int], overridden: frozenset[KeyPath] | set[KeyPath]) -> str:
+    if any(key[:n] in overridden for n in range(1, len(key) + 1)):
+        return COMMAND_LINE
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    return name if line is None else f"{name}:{line}"
+
+
+def _override(given: dict[str, Any], overrides: Sequence[str]) -> tuple[set[KeyPath], list[str]]:
+    """Writes the overrides into `given`; returns the key paths they set and the sentences about bad ones."""
+    overridden: set[KeyPath] = set()
+    wrong: list[str] = []
+    for text in overrides:
+        key, equals, value_text = text.partition("=")
+        path = key_path(key)
+        if not equals or not path:
+            wrong.append(f"{COMMAND_LINE}: '{text}' is not an override; write section.key=value.")
+            continue
+        value = parse(value_text)
+        if value.problems:
+            wrong += [f"{COMMAND_LINE}: {key}: {message} Quote the value?" for _, message in value.problems]
+        elif path in overridden:
+            wrong.append(f"{COMMAND_LINE}: {key} is given twice; keep one.")
+        elif blocker := _set(given, path, value.value):
+            wrong.append(f"{COMMAND_LINE}: {key} cannot be set: {blocker}.")
+        else:
+            overridden.add(path)
+    for pair in EXCLUSIVE:
+        for loser, winner in (pair, pair[::-1]):
+            if winner in overridden and loser not in overridden and isinstance(section := given.get(loser[0]), dict):
+                section.pop(loser[1], None)
+    return overridden, wrong
+
+
+def _set(given: dict[str, Any], path: KeyPath, value: Any) -> str:
+    """Puts `value` at `path`, making sections on the way; returns why not, or an empty string."""
+    holder: Any = given
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(holder, dict) and isinstance(part, str):
+            if last:
+                holder[part] = value
+            elif holder.get(part) is None:
+                holder[part] = {}
+        elif isinstance(holder, list) and isinstance(part, int) and part < len(holder):
+            if last:
+                holder[part] = value
+        else:
+            what = f"a list of {len(holder)}" if isinstance(holder, list) else show(holder)
+            return f"{dotted(path[:depth]) or 'the recipe'} is {what}"
+        holder = holder[part]
+    return ""
+
+
+def _resolve_paths(given: dict[str, Any], recipe_folder: Path, overridden: set[KeyPath]) -> list[tuple[KeyPath, str]]:
+    """Makes local paths in `given` absolute, in place; returns what is missing."""
+    keys: list[KeyPath] = [("model", "name_or_path")]
+    for part in ("train", "eval"):
+        sources = lookup(given, ("data", part))
+        keys += [("data", part, i, "path") for i in range(len(sources) if isinstance(sources, list) else 0)]
+    problems = []
+    for key in keys:
+        value = lookup(given, key)
+        if not isinstance(value, str) or not value:
+            continue
+        from_override = any(key[:n] in overridden for n in range(1, len(key) + 1))
+        bases = (Path.cwd(), recipe_folder) if from_override else (recipe_folder, Path.cwd())
+        places = list(dict.fromkeys(os.path.abspath(base / os.path.expanduser(value)) for base in bases))
+        existing = [place for place in places if os.path.exists(place)]
+        if existing:
+            _set(given, key, existing[0])
+        elif value[0] in "./~" or value.count("/") > 1 or _FILE_NAME.search(value) or not _HUB_ID.match(value):
+            problems.append((key, f"{dotted(key)} is '{value}', but there is no {' and no '.join(places)}."))
+    if isinstance(output := given.get("output_dir"), str) and output:
+        given["output_dir"] = os.path.abspath(os.path.expanduser(output))
+    return problems

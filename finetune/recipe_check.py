@@ -1,0 +1,211 @@
+"""Finds everything wrong with a recipe's values at once, and says it in words: value found, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from finetune.recipe_fields import EXCLUSIVE, Recipe, Section
+from finetune.recipe_yaml import KeyPath, dotted
+from finetune.suggest import closest, suggest
+
+Problem = tuple[KeyPath, str]  # where it is, and the sentence
+
+
+def check(given: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe that the nested mapping `given` says, or None and every problem in it."""
+    problems: list[Problem] = []
+    pruned = _prune(Recipe, dict(given), (), problems)
+    problems += _conflicts(given)
+    reported = {path for path, _ in problems}
+    try:
+        recipe = Recipe.model_validate(pruned)
+    except ValidationError as error:
+        recipe = None
+        for detail in error.errors(include_url=False, include_context=False, include_input=False):
+            path, field = _locate(detail["loc"])
+            if any(path[:n] in reported for n in range(1, len(path) + 1)):
+                continue
+            reported.add(path)
+            problems.append((path, _sentence(path, field, detail["type"], given)))
+    return (None if problems else recipe), problems
+
+
+def own_keys() -> dict[str, list[str]]:
+    """Every section's dotted name ("" at the top, `data.train[]` for list items) and its keys."""
+    return dict(_sections(Recipe, ""))
+
+
+def _sections(model: type[Section], name: str) -> Iterator[tuple[str, list[str]]]:
+    yield name, list(model.model_fields)
+    for key, field in model.model_fields.items():
+        child, many = _child(field)
+        if child:
+            yield from _sections(child, f"{name}.{key}".lstrip(".") + ("[]" if many else ""))
+
+
+def _child(field: FieldInfo) -> tuple[type[Section] | None, bool]:
+    """The section class behind a field, and whether the field holds a list of them."""
+    for option in _options(field.annotation):
+        if isinstance(option, type) and issubclass(option, Section):
+            return option, False
+        if get_origin(option) is list and isinstance(get_args(option)[0], type):
+            item = get_args(option)[0]
+            if issubclass(item, Section):
+                return item, True
+    return None, False
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    """The members of a union without None, Annotated peeled off."""
+    if get_origin(annotation) is Annotated:
+        yield from _options(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for option in get_args(annotation):
+            yield from _options(option)
+    elif annotation is not NoneType:
+        yield annotation
+
+
+def _prune(model: type[Section], value: Any, path: KeyPath, problems: list[Problem]) -> dict[str, Any]:
+    """`value` without what is not a key, null or not a mapping; each of these becomes a problem."""
+    kept: dict[str, Any] = {}
+    for key, item in value.items():
+        here, field = (*path, key), model.model_fields.get(key)
+        if field is None:
+            problems.append((here, _unknown(path, key)))
+            continue
+        child, many = _child(field)
+        if item is None:
+            empty = "Write {} for its defaults, or leave the section out." if child else "Leave it out for its default."
+            problems.append((here, f"{dotted(here)} is null, which is never a value. {empty}"))
+        elif child and many and isinstance(item, list):
+            kept[key] = [_mapping(child, entry, (*here, i), problems) for i, entry in enumerate(item)]
+        elif child and not many:
+            kept[key] = _mapping(child, item, here, problems)
+        else:
+            kept[key] = item
+    return kept
+
+
+def _mapping(model: type[Section], value: Any, path: KeyPath, problems: list[Problem]) -> Any:
+    if isinstance(value, dict):
+        return _prune(model, value, path, problems)
+    keys = ", ".join(model.model_fields)
+    problems.append((path, f"{dotted(path)} is {show(value)}; it must be a mapping with keys among {keys}."))
+    return {}
+
+
+def _unknown(path: KeyPath, key: str) -> str:
+    section = dotted(path)
+    general = "".join("[]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+    what = f"a key of {section}" if section else "a key of a recipe"
+    return f"{dotted((*path, key))} is not {what}. {suggest(general, key, own_keys())}"
+
+
+def _conflicts(given: Mapping[str, Any]) -> list[Problem]:
+    problems: list[Problem] = []
+    for first, second in EXCLUSIVE:
+        if lookup(given, first) is not None and lookup(given, second) is not None:
+            problems.append((second, f"{dotted(first)} and {dotted(second)} are both given; keep one of them."))
+    if lookup(given, ("model", "load_in_4bit")) is True and lookup(given, ("lora",)) is None:
+        where: KeyPath = ("model", "load_in_4bit")
+        problems.append((where, "model.load_in_4bit is true, but 4-bit weights cannot be trained: add a lora section."))
+    return problems
+
+
+def lookup(given: Any, path: KeyPath) -> Any:
+    """The value at `path` of nested mappings and lists, None when there is none."""
+    for part in path:
+        if isinstance(given, dict) or isinstance(given, list) and isinstance(part, int) and part < len(given):
+            given = given.get(part) if isinstance(given, dict) else given[part]
+        else:
+            return None
+    return given
+
+
+def _locate(loc: tuple[str | int, ...]) -> tuple[KeyPath, FieldInfo | None]:
+    """The key path in a pydantic error location (which also names union members), and its field."""
+    model: type[Section] | None = Recipe
+    path: list[str | int] = []
+    field = None
+    for part in loc:
+        if isinstance(part, int) and field is not None and _child(field)[1]:
+            path.append(part)
+            model = _child(field)[0]
+        elif model is not None and part in model.model_fields:
+            path.append(part)
+            field = model.model_fields[str(part)]
+            child, many = _child(field)
+            model = None if many else child
+        elif part != "SourceSection":
+            break
+    return tuple(path), field
+
+
+def _sentence(path: KeyPath, field: FieldInfo | None, kind: str, given: Mapping[str, Any]) -> str:
+    name = dotted(path)
+    if kind == "missing" or field is None:
+        return f"{name} is missing and required" + (f": {field.description}" if field and field.description else ".")
+    value = lookup(given, path)
+    if path == ("data", "packing") and value is True:
+        return "data.packing is true, but packing is not available yet: false is the only value."
+    hint = ""
+    if isinstance(value, str):
+        hint = closest(value, _choices(field.annotation))
+        if not hint and any(option in (int, float, bool) for option in _options(field.annotation)) and _plain(value):
+            hint = " Remove the quotes."
+    elif str in list(_options(field.annotation)) and not isinstance(value, (dict, list)):
+        hint = " Put quotes around it."
+    return f"{name} is {show(value)}; it must be {allowed(field.annotation, field.metadata)}.{hint}"
+
+
+def _plain(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text.lower() in ("true", "false")
+    return True
+
+
+def _choices(annotation: Any) -> list[str]:
+    return [c for o in _options(annotation) if get_origin(o) is Literal for c in get_args(o) if isinstance(c, str)]
+
+
+def show(value: Any) -> str:
+    """A value as its YAML would write it, shortened."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def allowed(annotation: Any, metadata: Any = ()) -> str:
+    """In words, what a field takes: `a whole number of at least 1, or auto`."""
+    if get_origin(annotation) is Annotated:
+        inner, *extra = get_args(annotation)
+        return allowed(inner, [m for e in extra for m in (e.metadata if isinstance(e, FieldInfo) else [e])])
+    if get_origin(annotation) in (Union, UnionType):
+        return ", or ".join(allowed(o, metadata) for o in get_args(annotation) if o is not NoneType)
+    if get_origin(annotation) is Literal:
+        words = [show(c) if isinstance(c, bool) else str(c) for c in get_args(annotation)]
+        return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+    if get_origin(annotation) is list:
+        item = get_args(annotation)[0]
+        sections = isinstance(item, type) and issubclass(item, Section)
+        return f"a list of {'mappings such as {path: ...}' if sections else 'names'} with at least one entry"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text (not empty)"}
+    return names.get(annotation, "a mapping") + _bounds(metadata)
+
+
+def _bounds(metadata: Any) -> str:
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    found = [f"{words[k]} {getattr(m, k):g}" for m in metadata for k in words if hasattr(m, k)]
+    found = [f.replace("4.29497e+09", str(2**32 - 1)) for f in found]
+    return f" of {' and '.join(found)}" if found else ""

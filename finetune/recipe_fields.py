@@ -1,0 +1,190 @@
+"""The recipe's keys: names, types, ranges, defaults and what each is for. Every key here does something."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+# Hugging Face's names for the optimizers, each with ours.
+OPTIM_ALIASES = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_apex_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_bnb_paged_8bit": "paged_adamw_8bit",
+    "adamw_8bit_paged": "paged_adamw_8bit",
+}
+# Of each pair at most one may be set; the second displaces the first one's default.
+EXCLUSIVE = (
+    (("training", "num_train_epochs"), ("training", "max_steps")),
+    (("training", "warmup_ratio"), ("training", "warmup_steps")),
+    (("data", "eval"), ("data", "eval_fraction")),
+)
+LEARNING_RATE_FULL, LEARNING_RATE_LORA = 2.0e-5, 2.0e-4
+
+
+def _ours(name: Any) -> Any:
+    return OPTIM_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+class Section(BaseModel):
+    """Strict: a key that is not declared is an error, and so is a value of another type."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelSection(Section):
+    """Which model is tuned."""
+
+    name_or_path: NonEmpty
+    """Hub id or local folder of the model to start from (required)."""
+    revision: NonEmpty = "main"
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of frozen weights and of the exported folder; auto is the checkpoint's own. What is trained is float32."""
+    load_in_4bit: bool = False
+    """QLoRA: hold the frozen base in 4 bits (bitsandbytes NF4, double quantisation). Needs a lora section."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters; leave the whole section out for full fine-tuning."""
+
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: PositiveInt = 32
+    """Scale: an adapter's output is multiplied by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters; 0 keeps runs with different launch files identical."""
+    target_modules: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
+    """Which layers get adapters: all-linear (all but the output head), or a list of layer names."""
+
+
+class SourceSection(Section):
+    """One source of rows."""
+
+    path: NonEmpty
+    """Local file (.jsonl, .txt), local folder or hub id of a data set (required)."""
+    split: NonEmpty = "train"
+    """Split of a hub data set."""
+
+
+class DataSection(Section):
+    """What is learned from, and how a row becomes tokens."""
+
+    train: Annotated[list[SourceSection], Field(min_length=1)]
+    """Sources of the training rows, in order (required)."""
+    eval: Annotated[list[SourceSection], Field(min_length=1)] | None = None
+    """Sources of the evaluation rows."""
+    eval_fraction: float | None = Field(None, gt=0, lt=1)
+    """Instead of eval: this share of the training rows is held out, chosen by the seed."""
+    max_length: int = Field(2048, ge=2)
+    """Tokens per row at most; longer rows are truncated."""
+    packing: Literal[False] = False
+    """Lay rows out without padding. Not available yet: false is the only value."""
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    """Tokens that are trained: the assistant's turns with their end, only the last answer, or every token."""
+    max_rows: PositiveInt | None = None
+    """Use at most this many training rows."""
+
+
+class TrainingSection(Section):
+    """The mathematics of the run: what is here decides the resulting weights."""
+
+    num_train_epochs: float | None = Field(1, gt=0)
+    """Passes over the training rows. Instead of max_steps."""
+    max_steps: PositiveInt | None = None
+    """Number of optimizer steps. Instead of num_train_epochs."""
+    global_batch_size: PositiveInt = 64
+    """Rows per optimizer step, over all ranks and micro-batches."""
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Rows per micro-batch: what one rank takes in one forward."""
+    gradient_accumulation_steps: PositiveInt | Literal["auto"] = "auto"
+    """Micro-batches per rank and optimizer step; auto is derived from the two sizes above and the number of ranks."""
+    learning_rate: float = Field(LEARNING_RATE_FULL, ge=0)
+    """Peak learning rate. Default: 2e-4 with a lora section, 2e-5 without."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: float | None = Field(0.03, ge=0, le=1)
+    """Share of the planned steps over which the learning rate rises from 0. Instead of warmup_steps."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which the learning rate rises from 0. Instead of warmup_ratio."""
+    optim: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"], BeforeValidator(_ours)] = "adamw"
+    """Optimizer; Hugging Face's names are aliases. The backend picks the implementation and prints it."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to AdamW's denominator."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """The whole window's gradient is scaled down to this norm; 0 does not clip."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward: less memory, about a third more time, the same mathematics."""
+    seed: int = Field(42, ge=0, le=2**32 - 1)
+    """Decides row order, dropout, adapter initialisation and the held-out rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _displaced_defaults(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            given = dict(given)
+            for first, second in EXCLUSIVE:
+                if first[0] == "training" and given.get(second[1]) is not None:
+                    given.setdefault(first[1], None)
+        return given
+
+
+class EvaluationSection(Section):
+    """When the held-out loss is measured: also before the first step and at the end."""
+
+    eval_steps: PositiveInt = 100
+    """Optimizer steps between two evaluations."""
+
+
+class LoggingSection(Section):
+    """What is written down on the way."""
+
+    logging_steps: PositiveInt = 1
+    """Optimizer steps between two lines of metrics.jsonl."""
+
+
+class Recipe(Section):
+    """What to learn, from what, and how. Local paths are absolute once `finetune.recipe.load` made it."""
+
+    model: ModelSection
+    """Which model is tuned (required)."""
+    lora: LoraSection | None = None
+    """Low-rank adapters; leave out for full fine-tuning."""
+    data: DataSection
+    """What is learned from (required)."""
+    training: TrainingSection = TrainingSection()
+    """The mathematics of the run."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """When the held-out loss is measured."""
+    logging: LoggingSection = LoggingSection()
+    """What is written down on the way."""
+    output_dir: NonEmpty
+    """Folder of the run, relative to the working directory (required)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _learning_rate_by_method(cls, given: Any) -> Any:
+        training = given.get("training", {}) if isinstance(given, dict) else None
+        if isinstance(training, dict):
+            rate = LEARNING_RATE_FULL if given.get("lora") is None else LEARNING_RATE_LORA
+            given = {**given, "training": {"learning_rate": rate, **training}}
+        return given

@@ -1,0 +1,67 @@
+"""What a person sees while a run goes on and at its end. Everything goes to stderr, from rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+def human_bytes(count: float) -> str:
+    """`1.5 GiB` and the like."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Console:
+    """Lines, a progress bar in optimizer steps, and the summary. Silent where `enabled` is false (ranks other than 0)."""
+
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
+        self.bar: tqdm | None = None
+
+    def say(self, text: str) -> None:
+        """One line (or block), without tearing the progress bar."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
+
+    def facts(self, rows: dict[str, str]) -> None:
+        """Aligned `name  value` lines."""
+        width = max(map(len, rows))
+        self.say("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()))
+
+    def start_bar(self, steps: int) -> None:
+        """Begin the progress bar of `steps` optimizer steps. In a log file it refreshes every half minute at most."""
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(total=steps, unit="step", disable=not self.enabled, mininterval=interval, maxinterval=interval,
+                        dynamic_ncols=True, file=sys.stderr, desc="train")  # fmt: skip
+
+    def advance(self, step: int, loss: float, learning_rate: float, tokens_per_second: float, peak_bytes: int) -> None:
+        """Move the bar to `step` and show the figures people watch."""
+        if self.bar is None:
+            return
+        self.bar.set_postfix_str(
+            f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s, peak {human_bytes(peak_bytes)}",
+            refresh=False,
+        )
+        self.bar.update(step - self.bar.n)
+
+    def end_bar(self) -> None:
+        """Close the progress bar, if one is open."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

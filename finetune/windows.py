@@ -1,0 +1,135 @@
+"""The arithmetic of accumulation: rows -> windows -> ranks -> micro-batches. Pure, torch-free.
+
+A *window* is what one optimizer step sees: `global_batch_size` rows over all ranks and micro-batches (the last window of
+an epoch may hold fewer). The order of the rows is a function of (seed, epoch) alone and a window takes the next rows of
+that order, so ranks and micro-batches only slice it: 1 rank x K=8, 2 x 4 and 8 x 1 see the same rows in every window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.errors import UserError
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """global_batch_rows = per_device_rows x accumulation_steps (K) x ranks, all known."""
+
+    global_batch_rows: int
+    per_device_rows: int
+    accumulation_steps: int
+    ranks: int
+
+    def line(self) -> str:
+        """One line for people: the product and its factors."""
+        return (
+            f"{self.global_batch_rows} rows per optimizer step = {self.per_device_rows} rows per micro-batch"
+            f" x K={self.accumulation_steps} micro-batches x {self.ranks} rank{'s' if self.ranks != 1 else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows between two optimizer steps. `rows` are row numbers in training order, `first_row` their position in the epoch."""
+
+    epoch: int
+    index: int
+    first_row: int
+    rows: tuple[int, ...]
+
+
+def derive_batch(global_batch: int | str, per_device: int | str, steps: int | str, ranks: int, where=str) -> BatchPlan:
+    """Fill in the one value that is `auto` and check the product.
+
+    `where(key)` names the place of a recipe key for messages. Raises UserError with the arithmetic and the nearest fixes.
+    """
+    key = "training.global_batch_size"
+    if per_device == AUTO and steps == AUTO:
+        raise UserError(
+            f"{where('training.per_device_train_batch_size')}: training.per_device_train_batch_size and"
+            " training.gradient_accumulation_steps are both auto, and nothing chooses for you yet. Set one of them,"
+            " for example per_device_train_batch_size: 4."
+        )
+    if global_batch == AUTO:
+        if AUTO in (per_device, steps):
+            raise UserError(f"{where(key)}: {key} is auto, so per_device_train_batch_size and"
+                            " gradient_accumulation_steps must both be numbers.")  # fmt: skip
+        return BatchPlan(per_device * steps * ranks, per_device, steps, ranks)
+    if per_device == AUTO:
+        return BatchPlan(global_batch, _quotient(global_batch, steps, ranks, "micro-batches", where), steps, ranks)
+    if steps == AUTO:
+        return BatchPlan(global_batch, per_device, _quotient(global_batch, per_device, ranks, "rows", where), ranks)
+    if per_device * steps * ranks != global_batch:
+        raise UserError(
+            f"{where(key)}: {key} is {global_batch}, but {per_device} rows x {steps} micro-batches x {ranks} ranks ="
+            f" {per_device * steps * ranks}. Use global_batch_size {per_device * steps * ranks}, or let one of"
+            " per_device_train_batch_size and gradient_accumulation_steps be auto."
+        )
+    return BatchPlan(global_batch, per_device, steps, ranks)
+
+
+def _quotient(global_batch: int, factor: int, ranks: int, unit: str, where) -> int:
+    unit_rows = factor * ranks
+    if global_batch % unit_rows == 0:
+        return global_batch // unit_rows
+    other = "per_device_train_batch_size" if unit == "rows" else "gradient_accumulation_steps"
+    below = global_batch // unit_rows * unit_rows
+    fixes = " or ".join(str(n) for n in (below, below + unit_rows) if n > 0)
+    divisors = [d for d in range(1, global_batch + 1) if global_batch % (d * ranks) == 0]
+    if divisors:
+        fixes += f", or {other} {min(divisors, key=lambda d: (abs(d - factor), -d))}"
+    key = "training.global_batch_size"
+    raise UserError(
+        f"{where(key)}: {key} is {global_batch}, but {factor} {unit} x {ranks} ranks = {unit_rows} does not divide it."
+        f" Use {fixes}."
+    )
+
+
+def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of `rows` rows, int64 (rows,): a function of (seed, epoch) alone.
+
+    Sorted by raw PCG64 words, the part of numpy's generators whose stream is promised to stay the same between versions.
+    """
+    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(rows)
+    return np.argsort(words, kind="stable")
+
+
+def epoch_rows(rows: int, epochs: float) -> list[int]:
+    """Rows taken in each epoch: all of them, and a share of the last when `epochs` is not whole (at least one row)."""
+    whole = int(epochs)
+    part = round((epochs - whole) * rows)
+    return [rows] * whole + ([max(part, 1)] if epochs > whole else [])
+
+
+def windows(rows: int, batch_rows: int, seed: int, epochs: float = math.inf) -> Iterator[Window]:
+    """Every window of a run in order. Endless when `epochs` is infinite: the caller then counts steps."""
+    index, epoch = 0, 0
+    counts = epoch_rows(rows, epochs) if math.isfinite(epochs) else None
+    while counts is None or epoch < len(counts):
+        order = row_order(rows, seed, epoch)[: rows if counts is None else counts[epoch]]
+        for first in range(0, len(order), batch_rows):
+            yield Window(epoch, index, first, tuple(order[first : first + batch_rows].tolist()))
+            index += 1
+        epoch += 1
+
+
+def planned_windows(rows: int, batch_rows: int, epochs: float) -> int:
+    """Windows in `epochs` epochs, short last windows counted."""
+    return sum(math.ceil(n / batch_rows) for n in epoch_rows(rows, epochs))
+
+
+def deal(rows: Sequence[int], ranks: int, per_device_rows: int) -> list[list[tuple[int, ...]]]:
+    """Slice a window's rows into `[rank][micro_batch]` tuples of at most `per_device_rows` rows.
+
+    Every rank gets the same number of micro-batches (collectives need it); in a short window some are empty.
+    """
+    steps = max(1, math.ceil(len(rows) / (per_device_rows * ranks)))
+    starts = [[(k * ranks + rank) * per_device_rows for k in range(steps)] for rank in range(ranks)]
+    return [[tuple(rows[s : s + per_device_rows]) for s in of_rank] for of_rank in starts]

@@ -1,0 +1,71 @@
+"""Models and data made on the spot: a config, random weights, a tokenizer trained on local text, ragged chat rows."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from data_support import make_tokenizer, write_jsonl
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+WORDS = "the quick brown fox jumps over a lazy dog while somebody counts to seven and thinks of nothing at all".split()
+
+
+def tiny_model(folder: Path, family: str = "llama", vocabulary: int = 448, tie: bool = True, seed: int = 0) -> Path:
+    """A loadable folder with a random-init model of some 30,000 parameters and its tokenizer."""
+    torch.manual_seed(seed)
+    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[family]
+    extra = {"head_dim": 8} if family == "qwen3" else {}
+    tokenizer = make_tokenizer()
+    assert len(tokenizer) <= vocabulary
+    config = config_class(vocab_size=vocabulary, tie_word_embeddings=tie, max_position_embeddings=256, **SMALL, **extra,
+                          pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)  # fmt: skip
+    model_class(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat_rows(count: int, seed: int = 0) -> list[dict]:
+    """Chat rows of very different lengths."""
+    choose = random.Random(seed)
+
+    def sentence(longest: int) -> str:
+        return " ".join(choose.choices(WORDS, k=choose.randint(1, longest)))
+
+    return [
+        {"messages": [{"role": "user", "content": sentence(8)}, {"role": "assistant", "content": sentence(30)}]}
+        for _ in range(count)
+    ]
+
+
+def chat_file(path: Path, count: int, seed: int = 0) -> Path:
+    """`count` chat rows in a .jsonl file."""
+    return write_jsonl(path, chat_rows(count, seed))
+
+
+RECIPE = """\
+model: {{name_or_path: {model}}}
+data:
+  train: [{{path: {data}}}]
+  eval_fraction: 0.2
+  max_length: 64
+training:
+  num_train_epochs: 1
+  global_batch_size: 8
+  per_device_train_batch_size: 2
+  learning_rate: 1.0e-2
+evaluation: {{eval_steps: 3}}
+output_dir: {output}
+"""
+
+
+def small_recipe(folder: Path, rows: int = 50, **model) -> Path:
+    """A folder with model, data and recipe.yaml; returns the recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_model(folder / "base", **model)
+    chat_file(folder / "chat.jsonl", rows)
+    text = RECIPE.format(model=folder / "base", data=folder / "chat.jsonl", output=folder / "run")
+    (folder / "recipe.yaml").write_text(text)
+    return folder / "recipe.yaml"
