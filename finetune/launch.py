@@ -121,14 +121,14 @@ def from_environment(environ: Mapping[str, str], config_file: str | os.PathLike[
     """The strategy of this launched process, from the variables that accelerate and torchrun set.
 
     accelerate hands over neither `use_cpu` (with several ranks or DeepSpeed) nor the NVMe folders; they come from
-    `config_file`, the file the launcher was given (see `requested`), or from FINETUNE_USE_CPU and accelerate's own
+    `config_file`, the file the launcher was given (see `asked`), the folders also from accelerate's own
     ACCELERATE_DEEPSPEED_OFFLOAD_*_NVME_PATH. Raises UserError for what this project does not run.
     """
     file = read(config_file) if config_file is not None else None
     launched = "LOCAL_RANK" in environ or any(key.startswith("ACCELERATE_") for key in environ)
     source = file.source if file else "environment" if launched else "one process"
     precision = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    use_cpu = bool(file and file.use_cpu) or _true(environ, "ACCELERATE_USE_CPU") or _true(environ, "FINETUNE_USE_CPU")
+    use_cpu = bool(file and file.use_cpu) or _true(environ, "ACCELERATE_USE_CPU")
     problems = _refused(environ)
     if precision not in PRECISIONS:
         problems.append(f"mixed precision is {precision}; it must be no, bf16 or fp16.")
@@ -162,16 +162,20 @@ def from_environment(environ: Mapping[str, str], config_file: str | os.PathLike[
     )
 
 
-def asked(parents: Sequence[Sequence[str]], environ: Mapping[str, str]) -> tuple[int | None, str | None]:
+def asked(
+    parents: Sequence[tuple[Sequence[str], str]], environ: Mapping[str, str]
+) -> tuple[int | None, str | None]:
     """(ranks, launch file) that the nearest launcher among `parents` was asked for; None for what nobody said.
 
-    `parents` are the command lines of the parent processes, nearest first. Raises UserError for a launch file that
-    accelerate would misread, for instance one that starts fewer ranks than it says.
+    `parents` are the parent processes, nearest first, each as (command line, working directory). Raises UserError for
+    a launch file that accelerate would misread, for instance one that starts fewer ranks than it says.
     """
-    for argv in parents:
+    for argv, folder in parents:
         if is_launcher(argv):
             ranks, config_file = requested(argv, environ)
-            if config_file is None and uses_default_config(argv):
+            if config_file is not None:
+                config_file = os.path.join(folder, config_file)
+            elif uses_default_config(argv):
                 config_file = default_config_file(environ)
             if ranks is None and config_file is not None:
                 ranks = read(config_file).ranks

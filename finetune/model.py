@@ -89,7 +89,7 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
         model = _add_adapters(model, lora, loaded.recipe.training.seed)
     if loaded.recipe.training.gradient_checkpointing:
         # non-reentrant: works when the input needs no gradient, as with LoRA's frozen embedding
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model
 

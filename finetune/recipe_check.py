@@ -206,6 +206,5 @@ def allowed(annotation: Any, metadata: Any = ()) -> str:
 
 def _bounds(metadata: Any) -> str:
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    found = [f"{words[k]} {getattr(m, k):g}" for m in metadata for k in words if hasattr(m, k)]
-    found = [f.replace("4.29497e+09", str(2**32 - 1)) for f in found]
+    found = [f"{words[k]} {getattr(m, k)}" for m in metadata for k in words if hasattr(m, k)]
     return f" of {' and '.join(found)}" if found else ""

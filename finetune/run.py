@@ -33,6 +33,9 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     if strategy.machines == 1 and _already_there(folder_state(output_dir), output_dir, loaded, console):
         return
     console.say("finetune: loading libraries ...")
+    from finetune.backend.probe import prepare_libraries
+
+    prepare_libraries()
     from finetune.job import assemble, prepare_plan  # torch is imported here: a wrong recipe has been answered by now
 
     plan = prepare_plan(loaded, strategy, console.say)
@@ -156,12 +159,13 @@ def _document(job) -> dict:
 
 def describe_strategy(strategy: Strategy) -> str:
     """One line: engine, ranks, precision, offload, and where that was said."""
-    parts = [f"{strategy.engine}"]
+    parts = [{"single": "one process", "ddp": "data parallel (DDP)"}.get(strategy.engine, "")]
     if strategy.engine == "deepspeed":
         parts = [f"DeepSpeed ZeRO-{strategy.zero_stage}"]
         parts += [f"{what} on {where}" for what, where in (("optimizer", strategy.offload_optimizer),
                   ("parameters", strategy.offload_param)) if where != "none"]  # fmt: skip
-    parts.append(f"{strategy.ranks} rank{'s' if strategy.ranks != 1 else ''}")
+    if strategy.engine != "single":
+        parts.append(f"{strategy.ranks} rank{'s' if strategy.ranks != 1 else ''}")
     if strategy.machines > 1:
         parts.append(f"{strategy.machines} machines")
     precision = {"no": "float32", "bf16": "bf16 mixed precision", "fp16": "fp16 mixed precision"}
@@ -178,7 +182,7 @@ def _describe(console, job, output_dir: Path) -> None:
     kind = "QLoRA" if settings.model.load_in_4bit else "LoRA" if settings.lora else "full fine-tuning"
     length = f"{plan.schedule.planned_steps} steps"
     if plan.schedule.total_rows is not None:
-        length += f" ({settings.training.num_train_epochs} epochs of {len(job.train_rows)} rows)"
+        length += f" ({settings.training.num_train_epochs:g} epochs of {len(job.train_rows)} rows)"
     console.facts({
         "model": f"{settings.model.name_or_path} ({plan.facts.architecture}, {described['parameters']:,} parameters)",
         "training": f"{kind}, {described['trained_parameters']:,} parameters trained ({share:.1%}), {described['optimizer']}",

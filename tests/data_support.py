@@ -19,11 +19,12 @@ _TEXT = (
     "system model think What is two plus two? It is four. \n\nBye.\n"
 )
 
-CHATML = r"""{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}
+CHATML = r"""{% for m in messages %}
+{{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 CHATML_GENERATION = r"""{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}
-{%- generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}
-{%- endif %}{% endfor %}"""
+{%- generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}
+{{- m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"""
 LLAMA3 = r"""{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'
 + m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{
 '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
@@ -34,7 +35,8 @@ MISTRAL = r"""{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set syst
 {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
 {%- if m['role'] == 'user' %}{{ '[INST] ' + (system if loop.first else '') + m['content'] + ' [/INST]' }}
 {%- else %}{{ ' ' + m['content'].strip() + eos_token }}{% endif %}{% endfor %}"""
-GEMMA = r"""{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+GEMMA = r"""{{ bos_token }}{% if messages[0]['role'] == 'system' %}
+{{- raise_exception('System role not supported') }}{% endif %}
 {%- for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}
 {{- '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"""
 # As Qwen3: the thinking of earlier turns is dropped, the last turn's is laid out anew, and an empty one is written.
@@ -42,22 +44,24 @@ QWEN3 = r"""{%- set last = namespace(user=0) %}{% for m in messages %}{% if m['r
 {%- set last.user = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}{% set content = m['content'] %}{% if m['role'] != 'assistant' %}
 {{- '<|im_start|>' + m['role'] + '\n' + content + '<|im_end|>\n' }}{% else %}{% set reasoning = '' %}
-{%- if '</think>' in content %}{% set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+{%- if '</think>' in content %}
+{%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
 {%- set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}
 {%- if loop.index0 > last.user %}{{ '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n'
-+ content.lstrip('\n') + '<|im_end|>\n' }}{% else %}{{ '<|im_start|>assistant\n' + content + '<|im_end|>\n' }}{% endif %}
-{%- endif %}{% endfor %}"""
++ content.lstrip('\n') + '<|im_end|>\n' }}{% else %}
+{{- '<|im_start|>assistant\n' + content + '<|im_end|>\n' }}{% endif %}{% endif %}{% endfor %}"""
 # As Command-R7B: two special tokens close a turn, and the second one is eos.
-TWO_ENDS = r"""{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>' + m['content'] + '<|end|>' + eos_token }}
-{%- endfor %}"""
+TWO_ENDS = r"""{% for m in messages %}
+{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>' + m['content'] + '<|end|>' + eos_token }}{% endfor %}"""
 # As GLM-4: nothing closes a turn but the next one's header.
 OPEN_ENDED = r"""{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"""
 # No special token anywhere near a turn's end.
 PLAIN = r"""{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"""
 
 
-def make_tokenizer(template: str | None = CHATML, bos: str | None = None, eos: str = "</s>", pad: str = "<pad>", **more):
-    """A byte-level BPE of some 400 entries; `add_bos` makes it put BOS before plain text, as Llama's does."""
+def make_tokenizer(template: str | None = CHATML, bos=None, eos="</s>", pad="<pad>", add_bos=False, rstrip=()):
+    """A byte-level BPE of some 400 entries. `add_bos` makes it put BOS before plain text, as Llama's does; tokens in
+    `rstrip` swallow the white space after them, as Phi-3's do."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -65,9 +69,8 @@ def make_tokenizer(template: str | None = CHATML, bos: str | None = None, eos: s
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     bpe.train_from_iterator([_TEXT] * 8, trainer)
-    rstrip = more.pop("rstrip", ())
     bpe.add_special_tokens([AddedToken(text, special=True, rstrip=text in rstrip) for text in SPECIAL])
-    if more.pop("add_bos", False):
+    if add_bos:
         number = bpe.token_to_id(bos)
         bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos, pad_token=pad)

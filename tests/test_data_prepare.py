@@ -14,6 +14,7 @@ from data_support import CHATML, chat_row, load_recipe, make_tokenizer, trained_
 
 from finetune import data
 from finetune.data.prepare import held_out_keys
+from finetune.data.sources import open_source
 from finetune.data.store import Row
 from finetune.errors import UserError
 
@@ -81,6 +82,22 @@ def test_a_rest_of_one_token_is_no_row_and_empty_documents_are_dropped(tmp_path)
     assert prepared.summary["dropped"] == 1 and prepared.summary["source_rows"] == 11
 
 
+def test_a_hub_data_set_is_read_through_datasets(tmp_path, monkeypatch):
+    # datasets takes a folder below the working directory for a data set of that name: the same code as for the hub
+    (tmp_path / "some" / "set").mkdir(parents=True)
+    rows = [{"prompt": "a", **chat_row("Hello", f"Fine {i}")} for i in range(3)]
+    write_jsonl(tmp_path / "some" / "set" / "train.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    source = open_source("some/set", "train", "recipe.yaml:4: data.train")
+    assert source.kind == "chat" and source.identity == open_source("some/set", "train", "").identity
+    assert [row.messages for row in source.read()] == [tuple(row["messages"]) for row in rows]
+    assert next(source.read()).where == "some/set [train] row 0"
+    with pytest.raises(UserError, match=r"recipe.yaml:4: data.train: 'some/set' \(split 'test'\).*Unknown split"):
+        open_source("some/set", "test", "recipe.yaml:4: data.train")
+
+
 def test_text_needs_loss_on_all(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "Hello"}])
     with pytest.raises(UserError, match=r"recipe.yaml.*data.loss_on is 'assistant'.*Use data.loss_on: all"):
@@ -97,7 +114,8 @@ def test_a_tokenizer_without_chat_template_or_eos_is_refused(tmp_path):
 
 
 def test_truncated_rows_are_counted(tmp_path):
-    file = write_jsonl(tmp_path / "a.jsonl", [chat_row("Hi", "Hello there! " * (30 if i == 3 else 1)) for i in range(9)])
+    rows = [chat_row("Hi", "Hello there! " * (30 if i == 3 else 1)) for i in range(9)]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
     lines = []
     prepared = prepare(load_recipe(tmp_path, file, "data.max_length=32"), make_tokenizer(), lines)
     assert prepared.summary["truncated"] == 1 and prepared.train.lengths.max() == 32

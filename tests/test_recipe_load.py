@@ -81,7 +81,8 @@ def test_overrides_are_yaml_values(recipe):
 
 
 def test_where_names_line_or_command_line(recipe):
-    loaded = recipe(MINIMAL + "training:\n  seed: 1\n", "training.max_steps=5", "data.eval=[{path: ../recipes/rows.jsonl}]")
+    text = MINIMAL + "training:\n  seed: 1\n"
+    loaded = recipe(text, "training.max_steps=5", "data.eval=[{path: ../recipes/rows.jsonl}]")
     name = "../recipes/recipe.yaml"
     assert loaded.where("training.seed") == f"{name}:7"
     assert loaded.where("data.train[0].path") == loaded.where("data.train.0.path") == f"{name}:4"

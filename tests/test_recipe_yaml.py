@@ -86,7 +86,7 @@ def test_a_very_large_file_is_refused():
     assert "longer than" in parse("a: " + "x" * 1_000_001).problems[0][1]
 
 
-@pytest.mark.parametrize("text", ["1e5", "no", "on", "012", "0o7", "1_000", "null", "~", "true", "", ".5", "a: b", "#x", "é"])
+@pytest.mark.parametrize("text", "1e5|no|on|012|0o7|1_000|null|~|true||.5|a: b|#x|é|12e4567|- a|2026-01-01".split("|"))
 def test_dumped_text_reads_back_as_text(text):
     assert parse(dump({"key": text})).value == {"key": text}
     assert parse(dump({"key": text}), version="1.1").value == {"key": text}
@@ -101,5 +101,4 @@ def test_dumped_numbers_keep_every_bit(number):
 def test_dotted_keys_and_back():
     assert dotted(("data", "train", 0, "path")) == "data.train[0].path"
     assert key_path("data.train[0].path") == key_path("data.train.0.path") == ("data", "train", 0, "path")
-    assert key_path("--learning-rate") == ("--learning-rate",) or key_path("--learning-rate") == ()
-    assert key_path("a..b") == ()
+    assert key_path("a..b") == key_path("") == key_path("[0]") == ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ def make_plugin(strategy: Strategy, accumulation_steps: int, per_device_rows: in
     check_compile_locks()
     from accelerate import DeepSpeedPlugin
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     plugin = DeepSpeedPlugin()
     plugin.gradient_accumulation_steps = accumulation_steps
     config = plugin.deepspeed_config
@@ -110,6 +108,7 @@ def whole_parameter(parameter: nn.Parameter, keep: bool) -> Tensor | None:
 
 def destroy(accelerator) -> None:
     """Free accelerate's DeepSpeed engine so that the next `prepare` is not sent to it (it keeps only the first)."""
+    accelerator.deepspeed_engine_wrapped.engine.destroy()
     accelerator.deepspeed_engine_wrapped = None
     accelerator._models.clear()
     accelerator._optimizers.clear()

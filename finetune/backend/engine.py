@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from finetune.backend import deepspeed as ds
-from finetune.backend.probe import check_world, has_accelerator, prepare_environment
+from finetune.backend.probe import check_world, has_accelerator
 from finetune.errors import UserError
 from finetune.launch import Strategy
 
@@ -153,6 +154,15 @@ class Engine:
         """Barrier over all ranks."""
         self.accelerator.wait_for_everyone()
 
+    def release(self) -> None:
+        """Forget module and optimizer, so that another engine can start in this process and its process group."""
+        if self.strategy.engine == "deepspeed":
+            ds.destroy(self.accelerator)
+        self.accelerator.free_memory()
+        del self.module, self.optimizer
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+
     def close(self) -> None:
         """Leave the process group; the last call."""
         self.accelerator.end_training()
@@ -166,7 +176,6 @@ def start(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max
 
     Raises UserError when the world that came up is not the one that was asked for, or fp16 has no loss scaler.
     """
-    prepare_environment(strategy)
     if strategy.mixed_precision == "fp16" and not has_accelerator():
         raise UserError(
             f"{strategy.source}: mixed_precision is fp16, but no loss scaler runs on the CPU and small gradients would"

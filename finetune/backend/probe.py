@@ -1,10 +1,12 @@
-"""What machine and world this process is in: device, ranks, bytes. No side effects but `prepare_environment`."""
+"""What machine and world this process is in: device, ranks, bytes. No side effects but `prepare_libraries`."""
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import sys
+import warnings
 from pathlib import Path
 
 import psutil
@@ -25,7 +27,8 @@ def device_name() -> str:
     if has_accelerator():
         module = torch.get_device_module(torch.accelerator.current_accelerator())
         return module.get_device_name() if hasattr(module, "get_device_name") else str(module.__name__)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' if threads != 1 else ''})"
 
 
 def device_peak_bytes() -> int:
@@ -39,15 +42,22 @@ def host_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def prepare_environment(strategy: Strategy) -> None:
-    """Environment that must be set before accelerate or DeepSpeed is imported. The user sets nothing.
+def prepare_libraries() -> None:
+    """Settle what the libraries read at import, and keep what no user can act on out of the terminal. The user sets nothing.
 
-    Without a GPU, DeepSpeed must be told that the CPU is its device, or it guesses from what is installed.
+    Called before accelerate, transformers or DeepSpeed is imported.
     """
-    # A rank on the CPU shares its cores with the others; torch takes all of them for each unless told.
-    if strategy.engine == "deepspeed" and not has_accelerator():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not has_accelerator():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and warns that it guessed
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked after tokenising: avoids a warning per process
+    # deprecations inside torch, accelerate, transformers and DeepSpeed calling each other
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if os.environ.get("RANK", "0") != "0":
+        transformers_logging.set_verbosity_error()
 
 
 def check_world(strategy: Strategy, accelerate_ranks: int) -> None:

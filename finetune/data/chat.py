@@ -197,9 +197,7 @@ def _segments(content: str, low: int, high: int) -> list[tuple[int, int]]:
     return segments or [(low, high)]
 
 
-def _turns(
-    chat: ChatFormat, marked: list[_Marked], places: list[tuple[str, int]], text: str
-) -> tuple[Turn, ...]:
+def _turns(chat: ChatFormat, marked: list[_Marked], places: list[tuple[str, int]], text: str) -> tuple[Turn, ...]:
     owner = {mark: i for i, entry in enumerate(marked) for mark in (*entry.opens, *entry.closes)}
     by_turn: dict[int, list[tuple[str, int]]] = {}
     for mark, place in places:

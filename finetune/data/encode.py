@@ -110,9 +110,7 @@ def _token_range(places: np.ndarray, turn: Turn, text: str) -> tuple[int, int]:
     return (int(covers[0]), int(covers[-1]) + 1) if len(covers) else (0, 0)
 
 
-def encode_text(
-    tokenizer, rows: Iterable[SourceRow], block_tokens: int
-) -> Iterator[Encoded | Dropped]:
+def encode_text(tokenizer, rows: Iterable[SourceRow], block_tokens: int) -> Iterator[Encoded | Dropped]:
     """Documents, each ended by eos, joined in order and cut into samples of `block_tokens`; all but the first trained.
 
     The last sample may be shorter; one of a single token is left out, for it trains nothing. Documents begin with what

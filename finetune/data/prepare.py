@@ -53,9 +53,7 @@ def prepare(loaded: Loaded, tokenizer, say: Callable[[str], None]) -> PreparedDa
     evaluation = _open(loaded, "eval", data.eval or [])
     chat = _check_tokenizer(loaded, tokenizer, [*train, *evaluation])
     key = _cache_key(loaded, tokenizer, train, evaluation)
-    folder, reused = get_or_build(
-        key, _is_good, partial(_build, loaded, tokenizer, chat, train, evaluation), say
-    )
+    folder, reused = get_or_build(key, _is_good, partial(_build, loaded, tokenizer, chat, train, evaluation), say)
     summary = read_summary(folder)
     assert summary is not None
     _check_counts(loaded, summary)
@@ -86,8 +84,8 @@ def _check_tokenizer(loaded: Loaded, tokenizer, sources: Sequence[Source]) -> Ch
     text = next((source for source in sources if source.kind == "text"), None)
     if text and loss_on != "all":
         raise UserError(
-            f"{loaded.where('data.loss_on')}: data.loss_on is '{loss_on}', but {text.name} ({text.setting}) is plain text,"
-            " which has no assistant turns. Use data.loss_on: all."
+            f"{loaded.where('data.loss_on')}: data.loss_on is '{loss_on}', but {text.name} ({text.setting}) is plain "
+            "text, which has no assistant turns. Use data.loss_on: all."
         )
     if text and tokenizer.eos_token_id is None:
         raise UserError(f"{model}: its tokenizer has no eos token, which has to end every document of {text.name}.")
@@ -101,8 +99,8 @@ def _check_tokenizer(loaded: Loaded, tokenizer, sources: Sequence[Source]) -> Ch
         )
     if loss_on != "all" and not tokenizer.is_fast:
         raise UserError(
-            f"{model}: its tokenizer gives no character offsets, which data.loss_on: {loss_on} needs. Use a model with a"
-            " tokenizer.json, or data.loss_on: all."
+            f"{model}: its tokenizer gives no character offsets, which data.loss_on: {loss_on} needs. Use a model with "
+            "a tokenizer.json, or data.loss_on: all."
         )
     return chat_format(tokenizer)
 

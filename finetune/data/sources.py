@@ -92,7 +92,9 @@ def _check_file(file: Path, split: str, setting: str) -> None:
     if file.suffix not in _SUFFIXES:
         raise UserError(f"{setting}: {file.name} ends in '{file.suffix}'. Local files may be {', '.join(_SUFFIXES)}.")
     if split != "train":
-        raise UserError(f"{setting}: split is '{split}', but {file.name} is one file, which has only 'train'. Leave it out.")
+        raise UserError(
+            f"{setting}: split is '{split}', but {file.name} is one file, which has only 'train'. Leave split out."
+        )
     if not os.access(file, os.R_OK):
         raise UserError(f"{setting}: {file} cannot be read (permissions).")
 
@@ -257,7 +259,8 @@ def _messages(where: str, value: object) -> tuple[dict, ...]:
         if message["role"] not in ROLES:
             raise UserError(f"{place} has role {message['role']!r}. Allowed: {', '.join(ROLES)}.")
         if not isinstance(message["content"], str):
-            raise UserError(f"{place} ({message['role']}): `content` must be a string, found {_name(message['content'])}.")
+            found = _name(message["content"])
+            raise UserError(f"{place} ({message['role']}): `content` must be a string, found {found}.")
         _check_unicode(f"{place}: `content`", message["content"])
         messages.append({"role": message["role"], "content": message["content"]})
     return tuple(messages)

@@ -22,7 +22,7 @@ _ARRAYS = {"tokens": np.int32, "mask": np.bool_, "ends": np.int64, "trained": np
 
 @dataclass(frozen=True)
 class Row:
-    """One sample: `input_ids` and `labels`, int32 of shape (tokens,); a label of -100 is not trained, the first never is."""
+    """One sample: `input_ids` and `labels`, int32 of shape (tokens,). -100 is not trained; the first label is -100."""
 
     input_ids: np.ndarray
     labels: np.ndarray

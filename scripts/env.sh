@@ -1,0 +1,58 @@
+# Sourced by quickstart.sh and test.sh: gives the repository an environment with the tested versions.
+#
+#   ensure_environment [EXTRA]   makes .venv when it is missing, installs when setup.cfg or constraints.txt have changed,
+#                                puts .venv/bin on PATH. EXTRA: an optional group of setup.cfg, such as "test".
+# FINETUNE_VENV names another folder for the environment.
+
+REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${FINETUNE_VENV:-$REPOSITORY/.venv}"
+
+say() { printf '\n== %s\n' "$*"; }
+fail() { printf '%s\n' "$*" >&2; exit 2; }
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "No Python 3.10 or newer was found on PATH. Install one, for example: sudo apt-get install python3 python3-venv"
+}
+
+make_venv() {
+    local python
+    python="$(find_python)"
+    say "making $VENV with $("$python" --version)"
+    "$python" -m venv "$VENV" && return
+    rm -rf "$VENV"  # half an environment: the interpreter without pip
+    "$python" -m virtualenv "$VENV" && return
+    fail "$python cannot make a virtual environment. On Debian and Ubuntu: sudo apt-get install python3-venv" \
+        "- elsewhere: $python -m pip install --user virtualenv - then call this script again."
+}
+
+install_packages() {
+    local extra="$1" stamp="$2" wanted="$3"
+    say "installing the tested versions (the first time takes minutes: PyTorch is large)"
+    (cd "$REPOSITORY" && "$VENV/bin/python" -m pip install --quiet -e ".${extra:+[$extra]}" -c constraints.txt) ||
+        fail "The installation failed; the message above says why. Nothing was run."
+    command -v g++ >/dev/null || command -v c++ >/dev/null ||
+        echo "note: no C++ compiler was found. DeepSpeed's CPU offload compiles its optimizer at first use and needs one."
+    printf '%s\n' "$wanted" >"$stamp"
+}
+
+ensure_environment() {
+    local extra="${1:-}" stamp wanted
+    [ -x "$VENV/bin/python" ] || make_venv
+    stamp="$VENV/.finetune-installed${extra:+-$extra}"
+    # The checkout's place belongs to it: an editable install of a moved repository points nowhere.
+    wanted="$(cd "$REPOSITORY" && { pwd; cat setup.cfg pyproject.toml constraints.txt; } | cksum)"
+    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] || install_packages "$extra" "$stamp" "$wanted"
+    export PATH="$VENV/bin:$PATH"
+}
+
+# Every core this process may use. accelerate would take 1 thread, or ask the hardware, which is wrong in containers.
+use_all_cores() {
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')}"
+}

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The test set in the project's own environment.
+#   ./scripts/test.sh                      everything
+#   ./scripts/test.sh --quick              without the tests marked slow: under 2 minutes
+#   ./scripts/test.sh [--quick] ARGS ...   ARGS go to pytest: tests/test_recipe_load.py, -k name, -x ...
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+selection=()
+arguments=()
+for argument in "$@"; do
+    case "$argument" in
+        --quick) selection=(-m "not slow") ;;
+        --help | -h) sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+ensure_environment test
+cd "$REPOSITORY"
+# One thread per process: most tests start two or more processes, and threads that outnumber the cores only wait.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export TOKENIZERS_PARALLELISM=false
+exec python -m pytest --durations=20 "${selection[@]}" "${arguments[@]}"

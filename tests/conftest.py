@@ -1,0 +1,42 @@
+"""What every test shares: the report at the end of a test run, and the fixtures below it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Minutes per area (the word after test_ in the file's name), and what was skipped and why."""
+    seconds: dict[str, float] = defaultdict(float)
+    tests: Counter[str] = Counter()
+    skipped: Counter[tuple[str, str]] = Counter()
+    for outcome, reports in terminalreporter.stats.items():
+        for report in reports:
+            if not hasattr(report, "when"):
+                continue  # collection errors and warnings have no phases
+            area = _area(report.nodeid)
+            seconds[area] += report.duration
+            tests[area] += report.when == "call" or outcome == "skipped"
+            if outcome == "skipped":
+                skipped[report.nodeid.split("[")[0], _reason(report)] += 1
+    if not tests:
+        return
+    terminalreporter.section("minutes per area")
+    for area in sorted(seconds, key=seconds.get, reverse=True):
+        terminalreporter.write_line(f"{seconds[area] / 60:6.2f}  {area} ({tests[area]} tests)")
+    terminalreporter.write_line(f"{sum(seconds.values()) / 60:6.2f}  together")
+    terminalreporter.section("skipped")
+    for (test, reason), count in sorted(skipped.items()):
+        terminalreporter.write_line(f"{test}{f' ({count} times)' if count > 1 else ''}: {reason}")
+    terminalreporter.write_line(f"{sum(skipped.values())} skipped")
+
+
+def _area(node_id: str) -> str:
+    """"tests/test_recipe_load.py::test_x" -> "recipe"."""
+    name = node_id.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")
+    return name.removeprefix("test_").split("_")[0]
+
+
+def _reason(report) -> str:
+    longrepr = report.longrepr  # (file, line, "Skipped: why") for a skip, text for an expected failure
+    return str(longrepr[2]).removeprefix("Skipped: ") if isinstance(longrepr, tuple) else str(report.wasxfail)

@@ -1,0 +1,165 @@
+"""Run under a launcher: accumulation under this engine against one big batch in plain torch. Writes one JSON file.
+
+Arguments: recipe.yaml out.json. Everything is float32 on ragged rows; each case gets its own engine in one process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+import torch
+
+from finetune import data, launch, model, recipe
+from finetune.backend import engine as backend
+from finetune.backend.parents import launched_by
+from finetune.backend.probe import prepare_libraries
+from finetune.data import Row
+from finetune.objectives import SummedLoss, sft_loss, trained_tokens
+from finetune.optim import make_optimizer
+from finetune.windows import deal
+
+WINDOW_ROWS = (16, 16, 7, 2, 1, 40)  # full, full, short, K = 1, one row (an empty rank), K above the configured value
+PER_DEVICE_ROWS = 2
+SGD = ("training.optim=sgd", "training.learning_rate=1.0")
+ADAMW = ("training.learning_rate=1e-3", "training.adam_epsilon=1e-6", "training.weight_decay=0.01")
+LORA = ("lora.r=4", "lora.alpha=8")
+
+
+@dataclass
+class Case:
+    name: str
+    overrides: tuple[str, ...]
+    broken: str = ""  # which factor of the scale is wrong on purpose
+    windows: tuple[int, ...] = WINDOW_ROWS
+
+
+CASES = [
+    Case("full, SGD", SGD),
+    Case("full, AdamW", ADAMW, windows=WINDOW_ROWS[:4]),
+    Case("LoRA, SGD", SGD + LORA),
+    Case("LoRA, AdamW", ADAMW + LORA, windows=WINDOW_ROWS[:4]),
+    Case("full, SGD, mean of means", SGD, "mean of means", WINDOW_ROWS[:1]),
+    Case("full, SGD, K forgotten", SGD, "K", WINDOW_ROWS[:1]),
+    Case("full, SGD, world forgotten", SGD, "world", WINDOW_ROWS[:1]),
+]
+
+
+def ragged_rows(count: int, vocabulary: int) -> list[Row]:
+    """Rows of 3 to 48 tokens, a random part of each trained."""
+    random = np.random.default_rng(5)
+    rows = []
+    for _ in range(count):
+        length = int(random.integers(3, 49))
+        ids = random.integers(0, vocabulary, length).astype(np.int32)
+        labels = np.where(random.random(length) < random.random(), ids, -100).astype(np.int32)
+        labels[0], labels[-1] = -100, ids[-1]
+        rows.append(Row(ids, labels))
+    return rows
+
+
+def relative(found: dict, wanted: dict) -> float:
+    """Relative L2 difference of two sets of tensors."""
+    difference = sum(float((found[n].double() - wanted[n].double()).square().sum()) for n in wanted)
+    return (difference / sum(float(t.double().square().sum()) for t in wanted.values())) ** 0.5
+
+
+def change(before: dict, after: dict) -> dict:
+    return {n: after[n].double() - before[n].double() for n in before}
+
+
+class Reference:
+    """One big batch per window, plain torch, one process."""
+
+    def __init__(self, loaded, strategy):
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or zero.Init would shard the reference
+        self.network = model.load_model(loaded, launch.one_process(), model.facts(loaded), torch.device("cpu"))
+        self.optimizer = make_optimizer(self.network, loaded.recipe, launch.one_process())
+        self.limit = loaded.recipe.training.max_grad_norm
+
+    def state(self) -> dict:
+        return {n: p.detach().clone() for n, p in self.network.named_parameters() if p.requires_grad}
+
+    def step(self, rows: list[Row]) -> tuple[float, float]:
+        batch = data.collate(rows, 0)
+        loss = sft_loss(self.network, batch) / trained_tokens(batch)
+        loss.backward()
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss), float(norm)
+
+
+def denominators(case: Case, engine, share: list, tokens: float) -> list[float]:
+    """What each micro-batch is divided by: the window's tokens, unless the case breaks it."""
+    if case.broken == "mean of means":
+        return [max(trained_tokens(b), 1) * len(share) * engine.ranks for b in share]
+    wrong = {"K": engine.accelerator.gradient_accumulation_steps, "world": engine.ranks}.get(case.broken, 1)
+    return [tokens * wrong] * len(share)
+
+
+def run_case(case: Case, recipe_path: str, strategy) -> dict:
+    loaded = recipe.load(recipe_path, case.overrides)
+    engine = backend.start(strategy, 16 // (PER_DEVICE_ROWS * strategy.ranks), PER_DEVICE_ROWS, 1.0)
+    network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
+    optimizer = make_optimizer(network, loaded.recipe, strategy)
+    engine.prepare(SummedLoss(network), optimizer)
+    rows = ragged_rows(sum(case.windows), model.facts(loaded).vocabulary)
+    states, results = [engine.gather_state(only_trained=True)], []
+    first = 0
+    for count in case.windows:
+        window = list(range(first, first + count))
+        first += count
+        share = deal(window, engine.ranks, PER_DEVICE_ROWS)[engine.rank]
+        batches = [data.collate([rows[i] for i in part], 0) for part in share]
+        (tokens,) = engine.total(sum(map(trained_tokens, batches)))
+        loss = 0.0
+        for k, (batch, divisor) in enumerate(zip(batches, denominators(case, engine, batches, tokens), strict=True)):
+            loss += engine.micro_step(batch, divisor, last=k == len(batches) - 1)
+        (loss,) = engine.total(loss / tokens)
+        states.append(engine.gather_state(only_trained=True))
+        results.append({"rows": count, "K": len(batches), "loss": loss, "norm": engine.grad_norm(), "applied": engine.applied})
+    rank = engine.rank
+    engine.release()
+    return compare(case, loaded, strategy, rows, states, results) if rank == 0 else {}
+
+
+def compare(case: Case, loaded, strategy, rows: list[Row], states: list[dict], results: list[dict]) -> dict:
+    reference = Reference(loaded, strategy)
+    before, first = reference.state(), 0
+    start = relative(states[0], before)
+    for i, result in enumerate(results):
+        loss, norm = reference.step(rows[first : first + result["rows"]])
+        first += result["rows"]
+        after = reference.state()
+        result["update_difference"] = relative(change(states[i], states[i + 1]), change(before, after))
+        result["norm_ratio"] = result["norm"] / norm
+        result["loss_difference"] = abs(result["loss"] - loss) / loss
+        before = after
+    return asdict(case) | {
+        "start_difference": start,
+        "weight_difference": relative(states[min(4, len(results))], reference.state()) if len(results) <= 4 else None,
+        "windows_run": results,
+    }
+
+
+def main() -> None:
+    recipe_path, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    prepare_libraries()
+    strategy = launch.from_environment(os.environ, launched_by()[1])
+    found = [run_case(case, recipe_path, strategy) for case in CASES if case.broken != "world" or strategy.ranks > 1]
+    if int(os.environ.get("RANK", "0")) == 0:
+        Path(out).write_text(json.dumps({"ranks": strategy.ranks, "engine": strategy.engine, "cases": found}))
+
+
+main()
