@@ -35,7 +35,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     console.say("finetune: loading libraries ...")
     from finetune.backend.probe import prepare_libraries
 
-    prepare_libraries()
+    prepare_libraries(strategy.use_cpu)
     from finetune.job import assemble, prepare_plan  # torch is imported here: a wrong recipe has been answered by now
 
     plan = prepare_plan(loaded, strategy, console.say)

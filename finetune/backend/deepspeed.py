@@ -8,19 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.backend.probe import check_compile_locks
+from finetune.backend.probe import check_compile_locks, has_accelerator
 from finetune.launch import Strategy
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default for its gradient buckets
 
 
-def make_plugin(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float):
+def make_plugin(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float, say):
     """accelerate's DeepSpeedPlugin from the launch environment, with the recipe's knobs written in.
 
     The knobs must be in before `prepare`: accelerate reads "auto" clipping as 1.0 and takes the micro-batch size from a data
     loader that we do not prepare.
     """
     check_compile_locks()
+    announce_compiles(strategy, say)
     from accelerate import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin()
@@ -73,14 +74,14 @@ def op_is_built(name: str) -> bool:
     return (Path(_get_build_directory(name, verbose=False)) / f"{name}.so").exists()
 
 
-def compile_op(builder_name: str, say) -> None:
-    """Build and load a C++ op ahead of its first use; says what is going on when that means compiling."""
-    from deepspeed.ops.op_builder import CPUAdamBuilder, AsyncIOBuilder
-
-    builder = {"cpu_adam": CPUAdamBuilder, "async_io": AsyncIOBuilder}[builder_name]()
-    if not op_is_built(builder.name):
-        say(f"DeepSpeed compiles its {builder.name} op once on this machine; this takes up to a few minutes ...")
-    builder.load(verbose=False)
+def announce_compiles(strategy: Strategy, say) -> None:
+    """Say which C++ ops DeepSpeed is going to compile, once per machine: minutes of silence otherwise."""
+    ops = [] if has_accelerator() or strategy.ranks == 1 else ["deepspeed_shm_comm"]
+    ops += ["cpu_adam"] if strategy.offload_optimizer != "none" else []
+    ops += ["async_io"] if "nvme" in (strategy.offload_optimizer, strategy.offload_param) else []
+    missing = [op for op in ops if not op_is_built(op)]
+    if missing:
+        say(f"DeepSpeed compiles {', '.join(missing)} once on this machine; this takes a minute or two each ...")
 
 
 def cpu_adam(groups: list[dict], **settings) -> torch.optim.Optimizer:

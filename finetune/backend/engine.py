@@ -13,10 +13,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from finetune.backend import deepspeed as ds
@@ -142,8 +143,8 @@ class Engine:
             if keep:
                 state[name] = value
         if keep and not only_trained:
-            names = set(inner.state_dict().keys()) if self.strategy.zero_stage < 3 else set()
-            state.update({n: b.detach().cpu() for n, b in inner.named_buffers() if n in names})
+            persistent = inner.state_dict().keys()
+            state.update({n: b.detach().cpu() for n, b in inner.named_buffers() if n in persistent})
         return state
 
     def inner_model(self) -> nn.Module:
@@ -185,21 +186,21 @@ def start(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max
     configured = max(2, accumulation_steps)
     plugin = None
     if strategy.engine == "deepspeed":
-        plugin = ds.make_plugin(strategy, configured, per_device_rows, max_grad_norm)
+        plugin = ds.make_plugin(strategy, configured, per_device_rows, max_grad_norm, say)
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if not has_accelerator() and strategy.engine != "single":
         # without it each DeepSpeed rank on a CPU believes it is alone; in a plain single process it crashes
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
-        cpu=True if strategy.use_cpu and strategy.engine != "deepspeed" else None,
+        # with two CPU ranks and without it, accelerate 1.15 counts two processes and wraps nothing; DeepSpeed is dropped by it
+        cpu=True if strategy.engine != "deepspeed" and not has_accelerator() else None,
         mixed_precision=strategy.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=configured, sync_with_dataloader=False),
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
     )
     check_world(strategy, accelerator.num_processes)
-    if strategy.offload_optimizer != "none":
-        ds.compile_op("cpu_adam", say)
-    if "nvme" in (strategy.offload_optimizer, strategy.offload_param):
-        ds.compile_op("async_io", say)
+    if strategy.ranks > 1 and accelerator.distributed_type == DistributedType.NO:
+        raise UserError(f"launch: accelerate {accelerate.__version__} started {strategy.ranks} ranks that would train alone"
+                        " (distributed_type NO). Use one of the files in accelerate_configs/.")  # fmt: skip
     return Engine(accelerator, strategy, max_grad_norm)

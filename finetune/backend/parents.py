@@ -6,30 +6,23 @@ import os
 
 import psutil
 
-from finetune.launch import default_config_file, is_launcher, requested
+from finetune.launch import asked
 
 GENERATIONS = 4  # launcher -> agent -> shell -> rank is the longest chain seen
 
 
 def launched_by() -> tuple[int | None, str | None]:
-    """(ranks asked for, launch file), each None when nobody said.
+    """(ranks asked for, launch file), each None when nobody said: from the nearest parent that is a launcher.
 
     accelerate starts one process for `--cpu --num_processes 2` without a word; only its own command line knows.
     """
-    process = psutil.Process()
+    parents, process = [], psutil.Process()
     for _ in range(GENERATIONS):
         try:
             process = process.parent()
-            argv = process.cmdline() if process is not None else []
-            folder = process.cwd() if argv else "."
+            if process is None:
+                break
+            parents.append((process.cmdline(), process.cwd()))
         except psutil.Error:
             break
-        if not argv:
-            break
-        if is_launcher(argv):
-            ranks, config_file = requested(argv, os.environ)
-            if config_file is not None and not os.path.isabs(config_file):
-                config_file = os.path.join(folder, config_file)
-            return ranks, config_file
-    said = os.environ.get("FINETUNE_REQUESTED_PROCESSES", "")
-    return (int(said) if said.isdigit() else None), None
+    return asked(parents, os.environ)

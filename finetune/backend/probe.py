@@ -42,11 +42,13 @@ def host_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def prepare_libraries() -> None:
+def prepare_libraries(use_cpu: bool = False) -> None:
     """Settle what the libraries read at import, and keep what no user can act on out of the terminal. The user sets nothing.
 
-    Called before accelerate, transformers or DeepSpeed is imported.
+    Called before accelerate, transformers or DeepSpeed is imported, and before the first question for a device.
     """
+    if use_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # accelerate hands use_cpu on to single processes only
     if not has_accelerator():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and warns that it guessed
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked after tokenising: avoids a warning per process
