@@ -1,0 +1,78 @@
+"""The learning rate as a pure function of progress, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.schedule import Schedule, decay, warmup_steps_of
+
+SHAPES = ("constant", "linear", "cosine", "cosine_with_min_lr")
+
+
+def by_steps(shape: str, steps: int, warmup: int = 0, peak: float = 1.0) -> list[float]:
+    schedule = Schedule(shape, peak, warmup, steps, max_steps=steps, total_rows=None)
+    return [schedule.learning_rate(step, applied_rows=10**6) for step in range(steps)]
+
+
+def test_linear_decay_by_steps():
+    assert by_steps("linear", 4) == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_warmup_is_step_plus_one_over_warmup_steps_then_decay_starts_at_the_peak():
+    # 2 of 10 steps warm up: 1/2, 2/2, then the remaining 8 steps fall from 1 in eighths
+    assert by_steps("linear", 10, warmup=2) == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+def test_cosine_by_steps():
+    assert by_steps("cosine", 4, peak=2e-4) == pytest.approx([2e-4, 2e-4 * 0.8535533905932737, 1e-4, 2e-4 * 0.14644660940672624])
+
+
+def test_cosine_with_min_lr_ends_at_a_tenth():
+    assert decay("cosine_with_min_lr", 0.0) == 1.0
+    assert decay("cosine_with_min_lr", 0.5) == pytest.approx(0.55)
+    assert decay("cosine_with_min_lr", 1.0) == pytest.approx(0.1)
+
+
+def test_constant_with_warmup():
+    assert by_steps("constant", 5, warmup=4) == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_an_unknown_shape_is_our_own_mistake():
+    with pytest.raises(ValueError, match="polynomial"):
+        decay("polynomial", 0.5)
+
+
+def test_by_epochs_progress_is_applied_rows_over_all_rows():
+    # 10 rows, windows of 4, two epochs: windows of 4, 4, 2, 4, 4, 2 rows
+    schedule = Schedule("linear", 1.0, 0, planned_steps=6, max_steps=None, total_rows=20)
+    applied = [0, 4, 8, 10, 14, 18]
+    assert [schedule.learning_rate(i, rows) for i, rows in enumerate(applied)] == pytest.approx([1, 0.8, 0.6, 0.5, 0.3, 0.1])
+    assert [schedule.finished(6, rows) for rows in (18, 20)] == [False, True]
+
+
+def test_by_steps_a_skipped_window_moves_nothing():
+    schedule = Schedule("linear", 1.0, 0, planned_steps=4, max_steps=4, total_rows=None)
+    assert schedule.learning_rate(2, applied_rows=0) == schedule.learning_rate(2, applied_rows=99) == 0.5
+    assert [schedule.finished(step, 0) for step in (3, 4)] == [False, True]
+
+
+def test_warmup_ratio_is_rounded_up_and_warmup_steps_win():
+    assert warmup_steps_of(0.03, None, 100) == 3
+    assert warmup_steps_of(0.03, None, 101) == 4
+    assert warmup_steps_of(0.03, None, 1) == 1
+    assert warmup_steps_of(None, None, 100) == warmup_steps_of(0.0, None, 100) == 0
+    assert warmup_steps_of(0.5, 7, 100) == 7
+
+
+@given(st.sampled_from(SHAPES), st.integers(1, 200), st.integers(0, 250))
+def test_learning_rate_stays_in_bounds_rises_then_falls(shape, steps, warmup):
+    rates = by_steps(shape, steps, warmup)
+    assert all(0 < rate <= 1 + 1e-12 for rate in rates)
+    top = min(warmup, steps)
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert math.isclose(max(rates), 1.0) or warmup > steps
