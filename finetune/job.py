@@ -98,6 +98,12 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
             f"{loaded.where('model.name_or_path')}: the tokenizer gives token id {prepared.summary['max_token_id']}, but"
             f" the model's embedding ends at {facts.vocabulary - 1}. Use the tokenizer the model was trained with."
         )
+    longest = max(int(rows.lengths.max()) for rows in (prepared.train, prepared.evaluation) if rows is not None)
+    if facts.max_positions is not None and longest > facts.max_positions:
+        raise UserError(
+            f"{loaded.where('data.max_length')}: data.max_length lets rows of {longest} tokens through, but the model has"
+            f" {facts.max_positions} positions. Use max_length {facts.max_positions} or less."
+        )
     schedule = make_schedule(loaded, batch, len(prepared.train))
     return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule)
 

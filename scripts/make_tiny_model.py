@@ -107,11 +107,11 @@ def _write_untrained(folder: Path, seed: int) -> None:
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=768,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=None,

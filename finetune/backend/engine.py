@@ -93,14 +93,24 @@ class Engine:
             self.last_grad_norm = float(wrapped.get_global_grad_norm())
             self.applied = bool(wrapped.engine.was_step_applied())
             return
-        limit = self.max_grad_norm or math.inf
-        self.last_grad_norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), limit))
+        self.last_grad_norm = self._clip(self.max_grad_norm or math.inf)
         if self.accelerator.scaler is None and not math.isfinite(self.last_grad_norm):
             self.applied = False
         else:
             self.optimizer.step()
             self.applied = not self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _clip(self, limit: float) -> float:
+        parameters = list(self.module.parameters())
+        if self.device.type != "cpu":
+            return float(self.accelerator.clip_grad_norm_(parameters, limit))
+        # On the CPU torch adds squares up one after the other in float32: 4e-5 off for a million elements, 0.4 % for 67
+        # million, and so would be the clipped step. Short sums first, then float64.
+        rows = [torch.linalg.vector_norm(torch.atleast_1d(p.grad), dim=-1).double().flatten() for p in parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.cat(rows))
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm.item()
 
     def grad_norm(self) -> float:
         """L2 norm of the last window's gradient over all parameters and ranks, before clipping."""
