@@ -30,8 +30,8 @@ def facts(loaded: Loaded) -> ModelFacts:
 
     section = loaded.recipe.model
     try:
-        config = AutoConfig.from_pretrained(section.name_or_path, revision=section.revision)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(section.name_or_path, **_source(loaded))
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_not_loadable(loaded, "config.json", error)) from error
     text = config.get_text_config()
     checkpoint_dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
@@ -43,14 +43,20 @@ def facts(loaded: Loaded) -> ModelFacts:
     )
 
 
+def _source(loaded: Loaded) -> dict:
+    """What every from_pretrained call of a recipe says besides the name."""
+    section = loaded.recipe.model
+    return {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+
+
 def load_tokenizer(loaded: Loaded):
     """The model's tokenizer. Raises UserError when the folder or hub id has none."""
     from transformers import AutoTokenizer
 
     section = loaded.recipe.model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(section.name_or_path, revision=section.revision)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(section.name_or_path, **_source(loaded))
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(_not_loadable(loaded, "tokenizer", error)) from error
     if tokenizer.pad_token_id is None:
         # only used to fill rows up; what is trained is decided by position, so eos may serve
@@ -67,6 +73,17 @@ def _not_loadable(loaded: Loaded, what: str, error: Exception) -> str:
     )
 
 
+def _not_built(loaded: Loaded, error: Exception) -> str:
+    section, key = loaded.recipe.model, "model.attn_implementation"
+    if section.attn_implementation == "auto" or "attention" not in str(error).lower():
+        return _not_loadable(loaded, "weights", error)
+    reason = " ".join(str(error).split())
+    return (
+        f"{loaded.where(key)}: {key} is {section.attn_implementation}, which does not work for {section.name_or_path}"
+        f" here: {reason} Use auto, or install what it needs."
+    )
+
+
 def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, device: torch.device) -> nn.Module:
     """The model with its trainable part in place, on the host (QLoRA: on `device`, where it is quantised).
 
@@ -77,13 +94,15 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
     from transformers import AutoModelForCausalLM
 
     section, lora = loaded.recipe.model, loaded.recipe.lora
-    options = {"revision": section.revision, "dtype": torch.float32 if lora is None else DTYPES[model_facts.export_dtype]}
+    options = _source(loaded) | {"dtype": torch.float32 if lora is None else DTYPES[model_facts.export_dtype]}
+    if section.attn_implementation != "auto":
+        options["attn_implementation"] = section.attn_implementation
     if section.load_in_4bit:
         options |= {"quantization_config": _nf4(strategy), "device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(section.name_or_path, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(_not_loadable(loaded, "weights", error)) from error
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_not_built(loaded, error)) from error
     model.config.use_cache = False
     if lora is not None:
         model = _add_adapters(model, lora, loaded.recipe.training.seed)

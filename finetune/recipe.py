@@ -23,6 +23,7 @@ from finetune.recipe_fields import (
     SourceSection,
     TrainingSection,
 )
+from finetune.recipe_include import MAX_FILES, Place, read_merged
 from finetune.recipe_yaml import KeyPath, dotted, dump, key_path, parse
 
 __all__ = [
@@ -51,15 +52,16 @@ class Loaded:
     path: Path  # of the recipe file, absolute
     _name: str = field(repr=False)
     _given: Mapping[str, Any] = field(repr=False)
-    _lines: Mapping[KeyPath, int] = field(repr=False)
+    _places: Mapping[KeyPath, Place] = field(repr=False)
     _overridden: frozenset[KeyPath] = field(repr=False)
 
     def where(self, key: str) -> str:
-        """Where a dotted key (`data.train[0].path`) was said: `recipe.yaml:14`, or `command line`.
+        """Where a dotted key (`data.train[0].path`) was said: `recipe.yaml:14` (or an included file), or `command line`.
 
         A key that was not said leads to the section it belongs in, or to the file alone.
         """
-        return _where(key_path(key), self._name, self._lines, self._overridden)
+        place = _place(key_path(key), self._name, self._places, self._overridden)
+        return place.file if not place.line else str(place)
 
     def is_set(self, key: str) -> bool:
         """Whether the file or an override gives the dotted key (False: it has its default)."""
@@ -71,7 +73,7 @@ class Loaded:
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
-    """Reads the recipe at `path`, then `section.key=value` overrides.
+    """Reads the recipe at `path` with what it includes, then `section.key=value` overrides.
 
     Paths in the file are sought in the recipe's folder, then in the working directory; in overrides the other way
     round. An override of one of two keys that exclude each other (max_steps, num_train_epochs) displaces the other.
@@ -79,50 +81,28 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
     Raises UserError with every problem found, each starting with its place.
     """
     name = os.fspath(path)
-    document = parse(_read(name))
-    problems = [(name, line, f"{name}:{line}: {message}") for line, message in document.problems]
-    given = document.value
-    if given is None and not document.problems:
-        raise UserError(f"{name}: the file is empty. A recipe needs at least model, data and output_dir.")
-    if given is None:
-        raise UserError([text for _, _, text in problems])
-    if not isinstance(given, dict):
-        raise UserError(f"{name}:1: a recipe is a mapping of sections (model: ...), but this is {show(given)}.")
-    given = copy.deepcopy(given)
+    merged = read_merged(name)
+    problems: list[tuple[Place, str]] = list(merged.problems)
+    given = copy.deepcopy(merged.value)
     overridden, wrong = _override(given, overrides)
     resolved = copy.deepcopy(given)
-    recipe_folder = Path(name).absolute().parent
-    found = _resolve_paths(resolved, recipe_folder, overridden)
+    found = _resolve_paths(resolved, merged.places, Path(name).parent, overridden)
     recipe, more = check(resolved)
-    for key, sentence in [*found, *more]:
-        place = _where(key, name, document.lines, overridden)
-        line = int(place.rpartition(":")[2]) if place.startswith(f"{name}:") else 0
-        problems.append((place.removesuffix(f":{line}"), line, f"{place}: {sentence}"))
-    problems.sort(key=lambda problem: (problem[0] == COMMAND_LINE, problem[1]))
-    messages = [text for _, _, text in problems] + wrong
+    problems += [(_place(key, name, merged.places, overridden), sentence) for key, sentence in [*found, *more]]
+    problems.sort(key=lambda problem: (problem[0].order, problem[0].line))
+    messages = [f"{place if place.line else place.file}: {sentence}" for place, sentence in problems] + wrong
     if messages or recipe is None:
         raise UserError(messages)
-    return Loaded(recipe, Path(name).absolute(), name, given, document.lines, frozenset(overridden))
+    return Loaded(recipe, Path(name).absolute(), name, given, merged.places, frozenset(overridden))
 
 
-def _read(name: str) -> str:
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such recipe file.") from None
-    except IsADirectoryError:
-        raise UserError(f"{name}: is a folder, not a recipe file.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: is not UTF-8 text (byte {error.start}).") from None
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror}.") from None
-
-
-def _where(key: KeyPath, name: str, lines: Mapping[KeyPath, int], overridden: frozenset[KeyPath] | set[KeyPath]) -> str:
+def _place(
+    key: KeyPath, name: str, places: Mapping[KeyPath, Place], overridden: frozenset[KeyPath] | set[KeyPath]
+) -> Place:
+    """Where a key was said. Line 0: it was not said in any file, or on the command line."""
     if any(key[:n] in overridden for n in range(1, len(key) + 1)):
-        return COMMAND_LINE
-    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
-    return name if line is None else f"{name}:{line}"
+        return Place(COMMAND_LINE, 0, MAX_FILES + 1)
+    return next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), Place(name, 0))
 
 
 def _override(given: dict[str, Any], overrides: Sequence[str]) -> tuple[set[KeyPath], list[str]]:
@@ -134,6 +114,9 @@ def _override(given: dict[str, Any], overrides: Sequence[str]) -> tuple[set[KeyP
         path = key_path(key)
         if not equals or not path:
             wrong.append(f"{COMMAND_LINE}: '{text}' is not an override; write section.key=value.")
+            continue
+        if path[0] == "include":
+            wrong.append(f"{COMMAND_LINE}: include cannot be overridden; write a recipe that includes the files.")
             continue
         value = parse(value_text)
         if value.problems:
@@ -171,7 +154,9 @@ def _set(given: dict[str, Any], path: KeyPath, value: Any) -> str:
     return ""
 
 
-def _resolve_paths(given: dict[str, Any], recipe_folder: Path, overridden: set[KeyPath]) -> list[tuple[KeyPath, str]]:
+def _resolve_paths(
+    given: dict[str, Any], places: Mapping[KeyPath, Place], recipe_folder: Path, overridden: set[KeyPath]
+) -> list[tuple[KeyPath, str]]:
     """Makes local paths in `given` absolute, in place; returns what is missing."""
     keys: list[KeyPath] = [("model", "name_or_path")]
     for part in ("train", "eval"):
@@ -183,7 +168,8 @@ def _resolve_paths(given: dict[str, Any], recipe_folder: Path, overridden: set[K
         if not isinstance(value, str) or not value:
             continue
         from_override = any(key[:n] in overridden for n in range(1, len(key) + 1))
-        bases = (Path.cwd(), recipe_folder) if from_override else (recipe_folder, Path.cwd())
+        folder = Path(places[key].file).parent if key in places and not from_override else recipe_folder
+        bases = (Path.cwd(), folder.absolute()) if from_override else (folder.absolute(), Path.cwd())
         places = list(dict.fromkeys(os.path.abspath(base / os.path.expanduser(value)) for base in bases))
         existing = [place for place in places if os.path.exists(place)]
         if existing:

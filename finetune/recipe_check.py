@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -11,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from finetune.recipe_fields import EXCLUSIVE, Recipe, Section
 from finetune.recipe_yaml import KeyPath, dotted
-from finetune.suggest import closest, suggest
+from finetune.suggest import closest, suggest, suggest_inside
 
 Problem = tuple[KeyPath, str]  # where it is, and the sentence
 
@@ -35,6 +36,7 @@ def check(given: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     return (None if problems else recipe), problems
 
 
+@cache
 def own_keys() -> dict[str, list[str]]:
     """Every section's dotted name ("" at the top, `data.train[]` for list items) and its keys."""
     return dict(_sections(Recipe, ""))
@@ -77,7 +79,7 @@ def _prune(model: type[Section], value: Any, path: KeyPath, problems: list[Probl
     for key, item in value.items():
         here, field = (*path, key), model.model_fields.get(key)
         if field is None:
-            problems.append((here, _unknown(path, key)))
+            problems.append((here, _unknown(path, key, item)))
             continue
         child, many = _child(field)
         if item is None:
@@ -100,11 +102,12 @@ def _mapping(model: type[Section], value: Any, path: KeyPath, problems: list[Pro
     return {}
 
 
-def _unknown(path: KeyPath, key: str) -> str:
+def _unknown(path: KeyPath, key: str, value: Any) -> str:
     section = dotted(path)
     general = "".join("[]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
     what = f"a key of {section}" if section else "a key of a recipe"
-    return f"{dotted((*path, key))} is not {what}. {suggest(general, key, own_keys())}"
+    inside = suggest_inside(value, own_keys()) if isinstance(value, (dict, list)) else ""
+    return f"{dotted((*path, key))} is not {what}. {suggest(general, key, own_keys())}{inside}"
 
 
 def _conflicts(given: Mapping[str, Any]) -> list[Problem]:

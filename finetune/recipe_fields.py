@@ -52,8 +52,14 @@ class ModelSection(Section):
     """Hub id or local folder of the model to start from (required)."""
     revision: NonEmpty = "main"
     """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose author you trust."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of frozen weights and of the exported folder; auto is the checkpoint's own. What is trained is float32."""
+    attn_implementation: Literal[
+        "auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"
+    ] = "auto"
+    """Attention kernel; auto is the fastest that transformers finds without extra packages (sdpa where a model has it)."""
     load_in_4bit: bool = False
     """QLoRA: hold the frozen base in 4 bits (bitsandbytes NF4, double quantisation). Needs a lora section."""
 
@@ -165,6 +171,8 @@ class LoggingSection(Section):
 class Recipe(Section):
     """What to learn, from what, and how. Local paths are absolute once `finetune.recipe.load` made it."""
 
+    include: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
+    """Recipe files to start from, merged in order; this file's own keys win. Relative to this file's folder."""
     model: ModelSection
     """Which model is tuned (required)."""
     lora: LoraSection | None = None
