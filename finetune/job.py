@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from finetune import data, launch, model
+from finetune import data, model, preflight
 from finetune.backend import engine as backend_engine
 from finetune.backend.deepspeed import parameter_elements
 from finetune.backend.kernels import optimizer_name
+from finetune.backend.probe import has_accelerator
 from finetune.data import PreparedData, TokenRows
 from finetune.errors import UserError
 from finetune.launch import Strategy
@@ -19,7 +20,7 @@ from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
 from finetune.recipe import Loaded
 from finetune.schedule import Schedule, warmup_steps_of
-from finetune.windows import BatchPlan, Window, deal, derive_batch, epoch_rows, planned_windows, windows
+from finetune.windows import BatchPlan, Window, deal, epoch_rows, planned_windows, windows
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,9 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
 
     Raises UserError.
     """
-    steps, max_grad_norm = launch.merge_knobs(loaded, strategy)
-    training = loaded.recipe.training
-    batch = derive_batch(
-        training.global_batch_size, training.per_device_train_batch_size, steps, strategy.ranks, loaded.where
-    )
+    # where no GPU is found the CPU was not asked for, but it is what will run
+    settled = preflight.settle(loaded, replace(strategy, use_cpu=strategy.use_cpu or not has_accelerator()))
+    batch, max_grad_norm = settled.batch, settled.max_grad_norm
     facts = model.facts(loaded)
     tokenizer = model.load_tokenizer(loaded)
     prepared = data.prepare(loaded, tokenizer, say)

@@ -11,10 +11,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune import launch, recipe
 from finetune.errors import FinetuneError
 from finetune.exits import STATUS_FILE
-from finetune.windows import derive_batch
+from finetune.preflight import first_stage
 
 
 class LaunchedRunFailed(FinetuneError):
@@ -34,11 +33,7 @@ def free_port() -> int:
 
 def launch_train(recipe_path: str, overrides: Sequence[str], launch_file: str | None) -> None:
     """Check recipe and launch file, then launch the trainer and wait. Raises FinetuneError with its status."""
-    loaded = recipe.load(recipe_path, overrides)
-    strategy = launch.read(launch_file) if launch_file else launch.one_process()
-    steps, _ = launch.merge_knobs(loaded, strategy)
-    training = loaded.recipe.training
-    derive_batch(training.global_batch_size, training.per_device_train_batch_size, steps, strategy.ranks, loaded.where)
+    strategy = first_stage(recipe_path, overrides, launch_file).strategy
     trainer = str(Path(__file__).resolve().parent / "train.py")
     if launch_file is None:
         command = [sys.executable, trainer, recipe_path, *overrides]

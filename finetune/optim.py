@@ -12,10 +12,7 @@ from finetune.recipe import Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, strategy: Strategy) -> torch.optim.Optimizer:
-    """Optimizer over the trained parameters; weight decay on matrices only, as in Hugging Face's Trainer.
-
-    Raises UserError where optimizer and strategy exclude each other.
-    """
+    """Optimizer over the trained parameters; weight decay on matrices only, as in Hugging Face's Trainer."""
     training = recipe.training
     settings = OptimizerSettings(
         kind=training.optim,

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from finetune.compatibility import recipe_refusals
 from finetune.recipe_fields import EXCLUSIVE, Recipe, Section
-from finetune.recipe_yaml import KeyPath, dotted
+from finetune.recipe_yaml import KeyPath, dotted, key_path
 from finetune.suggest import closest, suggest, suggest_inside
 
 Problem = tuple[KeyPath, str]  # where it is, and the sentence
@@ -33,7 +34,24 @@ def check(given: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
                 continue
             reported.add(path)
             problems.append((path, _sentence(path, field, detail["type"], given)))
+    readable = recipe or _readable(pruned, reported)
+    for key, sentence in recipe_refusals(readable) if readable else ():
+        problems.append((key_path(key), sentence))
     return (None if problems else recipe), problems
+
+
+def _readable(pruned: dict[str, Any], reported: set[KeyPath]) -> Recipe | None:
+    """The recipe without its wrong values, so that combinations are still judged; None where that leaves none."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in pruned.items()}
+    for section, *rest in filter(None, reported):
+        if rest and isinstance(kept.get(section), dict):
+            kept[section].pop(rest[0], None)
+        else:
+            kept.pop(section, None)
+    try:
+        return Recipe.model_validate(kept)
+    except ValidationError:
+        return None
 
 
 @cache
@@ -115,9 +133,6 @@ def _conflicts(given: Mapping[str, Any]) -> list[Problem]:
     for first, second in EXCLUSIVE:
         if lookup(given, first) is not None and lookup(given, second) is not None:
             problems.append((second, f"{dotted(first)} and {dotted(second)} are both given; keep one of them."))
-    if lookup(given, ("model", "load_in_4bit")) is True and lookup(given, ("lora",)) is None:
-        where: KeyPath = ("model", "load_in_4bit")
-        problems.append((where, "model.load_in_4bit is true, but 4-bit weights cannot be trained: add a lora section."))
     return problems
 
 

@@ -16,6 +16,7 @@ from finetune import launch, recipe
 from finetune.backend.parents import launched_by
 from finetune.errors import UserError
 from finetune.launch import Strategy
+from finetune.preflight import settle
 from finetune.recipe import Loaded
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
@@ -25,6 +26,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     """Train in this process, one of the ranks of a launch (or alone). Raises FinetuneError for every expected end."""
     loaded = recipe.load(recipe_path, overrides)
     strategy = launch.from_environment(os.environ, launched_by()[1])
+    settle(loaded, strategy)  # before torch: what cannot work ends here
     output_dir = Path(loaded.recipe.output_dir).absolute()
     from finetune.report.console import Console
     from finetune.report.files import RunFiles, folder_state

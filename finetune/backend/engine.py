@@ -185,13 +185,8 @@ class Engine:
 def start(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float, say=print) -> Engine:
     """Start Accelerate for this strategy, configured once for windows of about `accumulation_steps` micro-batches.
 
-    Raises UserError when the world that came up is not the one that was asked for, or fp16 has no loss scaler.
+    Raises UserError when the world that came up is not the one that was asked for.
     """
-    if strategy.mixed_precision == "fp16" and not has_accelerator():
-        raise UserError(
-            f"{strategy.source}: mixed_precision is fp16, but no loss scaler runs on the CPU and small gradients would"
-            " vanish. Use bf16 or 'no'."
-        )
     # at least 2: with 1, DeepSpeed steps and reduces on every micro-batch whatever the boundary flag says
     configured = max(2, accumulation_steps)
     plugin = None

@@ -8,7 +8,6 @@ import torch
 
 from finetune.backend import deepspeed as ds
 from finetune.backend.probe import has_accelerator
-from finetune.errors import UserError
 from finetune.launch import Strategy
 
 
@@ -25,16 +24,14 @@ class OptimizerSettings:
 
 
 def build_optimizer(groups: list[dict], settings: OptimizerSettings, strategy: Strategy) -> torch.optim.Optimizer:
-    """The optimizer for parameter groups (torch's format) under this strategy. Raises UserError where none works."""
+    """The optimizer for parameter groups (torch's format) under this strategy.
+
+    What excludes each other (8-bit states and optimizer offload) has been refused before: finetune/compatibility.py.
+    """
     if settings.kind == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate)
     common = dict(lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
     if settings.kind in ("adamw_8bit", "paged_adamw_8bit"):
-        if strategy.offload_optimizer != "none":
-            raise UserError(
-                f"training.optim is {settings.kind}, but {strategy.source} offloads the optimizer, and DeepSpeed's CPU"
-                " Adam keeps 32-bit states. Use optim: adamw, or a launch file without optimizer offload."
-            )
         import bitsandbytes
 
         name = "AdamW8bit" if settings.kind == "adamw_8bit" else "PagedAdamW8bit"

@@ -1,0 +1,58 @@
+"""Everything that can be wrong before torch is imported: recipe, launch file, their combination, batch arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from finetune import compatibility, launch, recipe
+from finetune.errors import UserError
+from finetune.launch import Strategy
+from finetune.recipe import Loaded
+from finetune.windows import BatchPlan, derive_batch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A recipe and a strategy that go together: who owns which knob is decided, every batch number is known."""
+
+    loaded: Loaded
+    strategy: Strategy
+    batch: BatchPlan
+    max_grad_norm: float
+
+
+def first_stage(recipe_path: str, overrides: Sequence[str], launch_file: str | None) -> Settled:
+    """Read recipe and launch file (None: one process) and settle them. Raises UserError with all problems of both."""
+    problems: list[str] = []
+    loaded = _collect(problems, lambda: recipe.load(recipe_path, overrides))
+    strategy = _collect(problems, lambda: launch.read(launch_file) if launch_file else launch.one_process())
+    if loaded is None or strategy is None:
+        raise UserError(problems)
+    return settle(loaded, strategy)
+
+
+def settle(loaded: Loaded, strategy: Strategy) -> Settled:
+    """Check the combination and derive the batch. Raises UserError with every problem."""
+    problems = compatibility.refusals(loaded, strategy)
+    knobs = _collect(problems, lambda: launch.merge_knobs(loaded, strategy))
+    if knobs is None:
+        raise UserError(problems)
+    steps, max_grad_norm = knobs
+    training = loaded.recipe.training
+    sizes = (training.global_batch_size, training.per_device_train_batch_size, steps)
+    batch = _collect(problems, lambda: derive_batch(*sizes, strategy.ranks, loaded.where))
+    if problems or batch is None:
+        raise UserError(problems)
+    return Settled(loaded, strategy, batch, max_grad_norm)
+
+
+def _collect(problems: list[str], read: Callable[[], T]) -> T | None:
+    try:
+        return read()
+    except UserError as error:
+        problems += error.messages
+        return None
