@@ -39,6 +39,23 @@ def train(
 
 
 @app.command()
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    launch: Annotated[Optional[str], typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
+    """Say whether a recipe is right: keys, launch file, batch, model, tokenizer, a sample of the data."""
+
+    def body() -> None:
+        from finetune.check import check as check_recipe
+
+        check_recipe(recipe, overrides or [], launch, as_json)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="a trained folder (output_dir/model), an adapter, or a hub id")],
     prompt: Annotated[list[str], typer.Argument(help="what the user says; several prompts give several answers")],

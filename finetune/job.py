@@ -92,6 +92,13 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
     facts = model.facts(loaded)
     tokenizer = model.load_tokenizer(loaded)
     prepared = data.prepare(loaded, tokenizer, say)
+    check_rows(loaded, facts, prepared)
+    schedule = make_schedule(loaded, batch, len(prepared.train))
+    return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule)
+
+
+def check_rows(loaded: Loaded, facts: model.ModelFacts, prepared: PreparedData) -> None:
+    """Raises UserError where the rows hold tokens or positions that the model does not have."""
     if prepared.summary["max_token_id"] >= facts.vocabulary:
         raise UserError(
             f"{loaded.where('model.name_or_path')}: the tokenizer gives token id {prepared.summary['max_token_id']}, but"
@@ -103,8 +110,6 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
             f"{loaded.where('data.max_length')}: data.max_length lets rows of {longest} tokens through, but the model has"
             f" {facts.max_positions} positions. Use max_length {facts.max_positions} or less."
         )
-    schedule = make_schedule(loaded, batch, len(prepared.train))
-    return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule)
 
 
 def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:

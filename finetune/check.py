@@ -1,0 +1,111 @@
+"""`finetune check`: is this recipe right, with this launch file? In stages, each before anything more expensive."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.preflight import Settled, first_stage
+
+SAMPLE_ROWS = 1000
+
+
+def check(recipe_path: str, overrides: Sequence[str], launch_file: str | None, as_json: bool = False) -> None:
+    """Check recipe, launch file, combination and batch (without torch), then model config, tokenizer and a data sample.
+
+    Prints a summary, or with `as_json` one JSON document: `ok`, `problems` and, as far as they were reached, `recipe`,
+    `launch`, `batch`, `model`, `tokenizer`, `data`. Raises UserError with every problem of the first stage that has one.
+    """
+    found: dict[str, Any] = {"recipe": recipe_path}
+    with _stdout_is_stderr() if as_json else contextlib.nullcontext(sys.stdout) as output:
+        try:
+            settled = first_stage(recipe_path, overrides, launch_file)
+            found |= {"launch": dataclasses.asdict(settled.strategy), "batch": dataclasses.asdict(settled.batch)}
+            found |= _second_stage(settled)
+        except UserError as error:
+            if as_json:
+                print(json.dumps({"ok": False, "problems": list(error.messages), **found}, indent=1), file=output)
+            raise
+        if as_json:
+            print(json.dumps({"ok": True, "problems": [], **found}, indent=1), file=output)
+        else:
+            print(_summary(recipe_path, settled, found, launch_file), flush=True)
+
+
+@contextlib.contextmanager
+def _stdout_is_stderr() -> Iterator[Any]:
+    """Libraries print to file descriptor 1; while this holds that is stderr, and what is yielded writes to stdout."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as output:
+            yield output
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _second_stage(settled: Settled) -> dict[str, Any]:
+    from finetune.backend.probe import prepare_libraries
+
+    prepare_libraries(settled.strategy.use_cpu)
+    from finetune.job import check_rows, make_schedule
+    from finetune.model import facts, load_tokenizer
+
+    loaded = settled.loaded
+    model = facts(loaded)
+    tokenizer = load_tokenizer(loaded)
+    data, whole = _sample(loaded, tokenizer)
+    check_rows(loaded, model, data)
+    report = {key: data.summary[key] for key in ("rows", "tokens", "trained_tokens", "truncated", "dropped")}
+    report |= {"longest_row_tokens": int(data.train.lengths.max()), "whole": whole}
+    training = loaded.recipe.training
+    if whole or training.max_steps is not None:
+        report["planned_steps"] = make_schedule(loaded, settled.batch, len(data.train)).planned_steps
+    return {
+        "model": dataclasses.asdict(model),
+        "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer), "pad_token": tokenizer.pad_token},
+        "data": report,
+    }
+
+
+def _sample(loaded, tokenizer):
+    """(the first rows made into tokens as training would, whether that is all there is)."""
+    from finetune.data import prepare
+
+    section = loaded.recipe.data
+    limit = min(SAMPLE_ROWS, section.max_rows or SAMPLE_ROWS)
+    shortened = loaded.recipe.model_copy(update={"data": section.model_copy(update={"max_rows": limit})})
+    data = prepare(dataclasses.replace(loaded, recipe=shortened), tokenizer, lambda line: None)
+    evaluation = data.summary["evaluation"]
+    taken = data.summary["source_rows"] + (evaluation["source_rows"] if evaluation and section.eval_fraction else 0)
+    return data, taken < limit or limit == section.max_rows
+
+
+def _summary(recipe_path: str, settled: Settled, found: dict, launch_file: str | None) -> str:
+    from finetune.run import describe_strategy
+
+    settings, data, model = settled.loaded.recipe, found["data"], found["model"]
+    runs_on = describe_strategy(settled.strategy)
+    if launch_file is None:
+        runs_on += " (no launch file was given; for another: --launch accelerate_configs/X.yaml)"
+    rows = f"{data['rows']:,} rows" if data["whole"] else f"a sample of {data['rows']:,} rows"
+    notes = [f"{data[what]:,} {what}" for what in ("truncated", "dropped") if data[what]]
+    kind = "QLoRA" if settings.model.load_in_4bit else "LoRA" if settings.lora else "full fine-tuning"
+    lines = {
+        "model": f"{settings.model.name_or_path} ({model['architecture']}, {model['vocabulary']:,} token ids), {kind}",
+        "tokenizer": f"{found['tokenizer']['class']}, padded with {found['tokenizer']['pad_token']}",
+        "data": f"{rows}, {data['trained_tokens']:,} of {data['tokens']:,} tokens trained, longest row"
+        f" {data['longest_row_tokens']:,} tokens{''.join(f', {note}' for note in notes)}",
+        "batch": settled.batch.line() + (f"; {data['planned_steps']:,} steps" if "planned_steps" in data else ""),
+        "runs on": runs_on,
+        "output": settings.output_dir,
+    }
+    return "\n".join([f"{recipe_path} is fine", *(f"  {name:<10} {text}" for name, text in lines.items())])
