@@ -6,21 +6,32 @@ import random
 from pathlib import Path
 
 import torch
+import transformers
 from data_support import make_tokenizer, write_jsonl
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 WORDS = "the quick brown fox jumps over a lazy dog while somebody counts to seven and thinks of nothing at all".split()
 
 
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+FAMILIES = {
+    "llama": ("Llama", SMALL),
+    "qwen3": ("Qwen3", SMALL | {"head_dim": 8}),
+    "mistral": ("Mistral", SMALL | {"head_dim": 8, "sliding_window": 32}),
+    "gemma3": ("Gemma3", SMALL | {"head_dim": 8, "sliding_window": 32, "query_pre_attn_scalar": 8}),
+    "gpt2": ("GPT2", GPT2),
+}
+
+
 def tiny_model(folder: Path, family: str = "llama", vocabulary: int = 448, tie: bool = True, seed: int = 0) -> Path:
     """A loadable folder with a random-init model of some 30,000 parameters and its tokenizer."""
     torch.manual_seed(seed)
-    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[family]
-    extra = {"head_dim": 8} if family == "qwen3" else {}
+    name, sizes = FAMILIES[family]
+    config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    model_class = getattr(transformers, f"{name}LMHeadModel", None) or getattr(transformers, f"{name}ForCausalLM")
     tokenizer = make_tokenizer()
     assert len(tokenizer) <= vocabulary
-    config = config_class(vocab_size=vocabulary, tie_word_embeddings=tie, max_position_embeddings=256, **SMALL, **extra,
+    config = config_class(vocab_size=vocabulary, tie_word_embeddings=tie, **{"max_position_embeddings": 256} | sizes,
                           pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)  # fmt: skip
     model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
