@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -30,6 +30,15 @@ LEARNING_RATE_FULL, LEARNING_RATE_LORA = 2.0e-5, 2.0e-4
 
 def _ours(name: Any) -> Any:
     return OPTIM_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+def _a_layer(name: str) -> str:
+    if name == "all-linear":
+        raise ValueError("all-linear stands alone, not in a list: no layer is called so")
+    return name
+
+
+LayerName = Annotated[NonEmpty, AfterValidator(_a_layer)]
 
 
 class Section(BaseModel):
@@ -73,7 +82,7 @@ class LoraSection(Section):
     """Scale: an adapter's output is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the adapters; 0 keeps runs with different launch files identical."""
-    target_modules: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[LayerName], Field(min_length=1)] = "all-linear"
     """Which layers get adapters: all-linear (all but the output head), or a list of layer names."""
 
 
@@ -81,9 +90,19 @@ class SourceSection(Section):
     """One source of rows."""
 
     path: NonEmpty
-    """Local file (.jsonl, .txt), local folder or hub id of a data set (required)."""
+    """Local file (.jsonl, .json, .csv, .tsv, .parquet, .txt, also .gz), folder of them, or hub id (required)."""
     split: NonEmpty = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder whose file names begin with train, test or validation."""
+    subset: NonEmpty | None = None
+    """Configuration of a hub data set that has several."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "text"] = "auto"
+    """What a row is; auto reads it off the columns. Of preference pairs the chosen answer is learned."""
+    columns: dict[NonEmpty, NonEmpty] = {}
+    """Other column names: {ours: theirs}, for example {prompt: question, completion: answer}."""
+    system: NonEmpty | None = None
+    """System prompt for conversations that bring none."""
+    weight: float = Field(1.0, gt=0, le=1000)
+    """The source's rows times this per epoch: 2 takes each row twice, 0.5 a half that the seed chooses."""
 
 
 class DataSection(Section):
@@ -100,9 +119,12 @@ class DataSection(Section):
     packing: Literal[False] = False
     """Lay rows out without padding. Not available yet: false is the only value."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
-    """Tokens that are trained: the assistant's turns with their end, only the last answer, or every token."""
+    """Tokens that are trained: the assistant's turns with their end, only the last answer, or every token. Plain text is
+    always trained whole."""
     max_rows: PositiveInt | None = None
-    """Use at most this many training rows."""
+    """Use at most this many training rows: the first of all sources in order, before weights and eval_fraction."""
+    max_dropped_fraction: float = Field(0.1, ge=0, le=1)
+    """An error when more than this share of rows cannot be trained on (no trained token, refused by the template)."""
 
 
 class TrainingSection(Section):
@@ -169,8 +191,9 @@ class LoggingSection(Section):
 
 
 class Recipe(Section):
-    """What to learn, from what, and how. Local paths are absolute once `finetune.recipe.load` made it."""
+    """What to learn, from what, and how."""
 
+    # local paths are absolute once finetune.recipe.load has made it; `include` is always None then
     include: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
     """Recipe files to start from, merged in order; this file's own keys win. Relative to this file's folder."""
     model: ModelSection

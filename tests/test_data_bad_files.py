@@ -27,12 +27,12 @@ CASES = {
     "messages is text": ("a.jsonl", '{"messages": "hi"}', r"a.jsonl:1: `messages` must be a list .* found a string"),
     "messages is empty": ("a.jsonl", '{"messages": []}', r"a.jsonl:1: .* found an empty list"),
     "message is text": ("a.jsonl", chat("hi"), r"a.jsonl:1: message 1 must be an object .* found a string"),
-    "sharegpt keys": ("a.jsonl", chat({"from": "gpt", "value": "x"}), r"message 1 .* found `from`, `value`"),
+    "speaker unknown": ("a.jsonl", chat({"from": "Bob", "value": "x"}), r"message 1 is from 'Bob'. Allowed: human"),
     "null content": ("a.jsonl", chat({"role": "user", "content": None}), r"\(user\): `content` must be .* found null"),
     "unknown role": ("a.jsonl", chat({"role": "gpt", "content": "x"}), r"has role 'gpt'. Allowed: .*assistant"),
     "role is a list": ("a.jsonl", chat({"role": ["user"], "content": "x"}), r"message 1 has role \['user'\]"),
-    "tool calls": ("a.jsonl", chat({"role": "assistant", "content": "", "tool_calls": [1]}), r"`tool_calls`.*not supp"),
-    "half a character": ("a.jsonl", chat({"role": "user", "content": "\ud800"}), r"message 1: `content` holds half"),
+    "tool calls": ("a.jsonl", chat({"role": "assistant", "content": "", "tool_calls": [1]}), r"must hold calls with `name` and `arguments`, found a num"),
+    "half a character": ("a.jsonl", chat({"role": "user", "content": "\ud800"}), r"message 1 \(user\): `content` holds half"),
     "null text": ("a.jsonl", '{"text": "a"}\n{"text": null}', r"a.jsonl:2: `text` must be a string, found null"),
     "number as text": ("a.jsonl", '{"text": "a"}\n{"text": 3}', r"a.jsonl:2: `text` must be a string, found a number"),
     "latin-1": ("a.jsonl", f"{GOOD}\n".encode() + '{"text": "é"}'.encode("latin-1"), r"a.jsonl:2: byte 10 .* UTF-8"),
@@ -46,7 +46,7 @@ CASES = {
     "after the list": ("a.json", f"[{GOOD}]\n[]", r"a.json:1: text after the end"),
     "bad row in a list": ("a.json", f"[\n{GOOD},\n\n{{'a': 1}}]", r"a.json:4: not valid JSON"),
     "columns in a list": ("a.json", f'[\n{GOOD},\n{{"text": "a"}}]', r"a.json:3: column `messages` is missing"),
-    "suffix": ("a.csv", "text\nhello\n", r"recipe.yaml:4: data.train: a.csv ends in '.csv'. Local files may be"),
+    "suffix": ("a.xlsx", "text\nhello\n", r"recipe.yaml:4: data.train: a.xlsx ends in '.xlsx'. Local files may be"),
 }
 
 
@@ -84,7 +84,7 @@ def test_harmless_oddities_are_read(tmp_path, monkeypatch, content):
 
 def test_a_folder_and_a_split_of_a_file_are_refused(tmp_path):
     (tmp_path / "rows").mkdir()
-    with pytest.raises(UserError, match=r"recipe.yaml:4: data.train: .*rows is a folder"):
+    with pytest.raises(UserError, match=r"recipe.yaml:4: data.train: .*rows is a folder without data files"):
         data.prepare(load_recipe(tmp_path, tmp_path / "rows"), TOKENIZER, print)
     (tmp_path / "a.jsonl").write_text(GOOD)
     with pytest.raises(UserError, match="split is 'test', but a.jsonl is one file"):

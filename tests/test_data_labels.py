@@ -22,7 +22,7 @@ from data_support import (
 
 from finetune.data.chat import chat_format
 from finetune.data.encode import Dropped, encode_chat
-from finetune.data.sources import SourceRow
+from finetune.data.formats import SourceRow
 from finetune.data.store import Row
 
 
@@ -114,13 +114,13 @@ def test_answers_full_of_tags_are_trained_whole():
     assert trained(make_tokenizer(CHATML), row) == ["<b>bold</b> text <i>x</i><|im_end|>", "<hr><|im_end|>"]
 
 
-def test_a_turn_ended_by_the_next_header_learns_that_and_the_last_one_is_counted_as_open():
+def test_a_turn_ended_by_the_next_header_learns_that_and_the_last_one_gets_eos():
     tokenizer = make_tokenizer(OPEN_ENDED)
     (encoded,) = encode(tokenizer, chat_row("Hello", "Fine.", "Bye", "Bye."))
-    assert trained_texts(tokenizer, as_row(encoded)) == ["Fine.<|user|>", "Bye."]
-    assert (encoded.turns, encoded.ends) == (2, 1)
+    assert trained_texts(tokenizer, as_row(encoded)) == ["Fine.<|user|>", "Bye.</s>"]
+    assert (encoded.turns, encoded.ends) == (2, 2)
     (plain,) = encode(make_tokenizer(PLAIN), chat_row("Hello", "Fine", "Bye", "Bye"))
-    assert (plain.turns, plain.ends) == (2, 0)
+    assert (plain.turns, plain.ends) == (2, 1)
 
 
 def test_a_special_token_inside_the_content_does_not_end_the_turn():

@@ -17,6 +17,7 @@ from finetune.data.prepare import held_out_keys
 from finetune.data.sources import open_source
 from finetune.data.store import Row
 from finetune.errors import UserError
+from finetune.recipe import SourceSection
 
 
 @pytest.fixture(autouse=True)
@@ -90,18 +91,23 @@ def test_a_hub_data_set_is_read_through_datasets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    source = open_source("some/set", "train", "recipe.yaml:4: data.train")
-    assert source.kind == "chat" and source.identity == open_source("some/set", "train", "").identity
+    source = open_source(SourceSection(path="some/set"), "recipe.yaml:4: data.train")
+    assert source.kind == "chat" and source.identity == open_source(SourceSection(path="some/set"), "").identity
     assert [row.messages for row in source.read()] == [tuple(row["messages"]) for row in rows]
     assert next(source.read()).where == "some/set [train] row 0"
     with pytest.raises(UserError, match=r"recipe.yaml:4: data.train: 'some/set' \(split 'test'\).*Unknown split"):
-        open_source("some/set", "test", "recipe.yaml:4: data.train")
+        open_source(SourceSection(path="some/set", split="test"), "recipe.yaml:4: data.train")
 
 
-def test_text_needs_loss_on_all(tmp_path):
+def test_text_is_trained_whole_unless_the_recipe_asks_for_the_assistant_alone(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "Hello"}])
-    with pytest.raises(UserError, match=r"recipe.yaml.*data.loss_on is 'assistant'.*Use data.loss_on: all"):
-        prepare(load_recipe(tmp_path, file), make_tokenizer(None))
+    train = prepare(load_recipe(tmp_path, file), make_tokenizer(None)).train
+    assert train.trained[0] == train.lengths[0] - 1
+    with pytest.raises(UserError, match=r"data.loss_on is 'assistant'.*Use data.loss_on: all"):
+        prepare(load_recipe(tmp_path, file, "data.loss_on=assistant"), make_tokenizer(None))
+    chat = write_jsonl(tmp_path / "b.jsonl", [chat_row("Hello", "Fine")])
+    mixed = prepare(load_recipe(tmp_path, [file, chat], "data.loss_on=assistant"), make_tokenizer()).train
+    assert mixed.trained[0] == mixed.lengths[0] - 1 and mixed.trained[1] < mixed.lengths[1] - 1
 
 
 def test_a_tokenizer_without_chat_template_or_eos_is_refused(tmp_path):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 
 import numpy as np
 
-from finetune.data.chat import ChatFormat, NotLocated, Rendered, Turn, render_turns
-from finetune.data.sources import SourceRow
-
-_BATCH_ROWS = 256  # conversations or documents handed to the tokenizer at once
+from finetune.data.chat import ChatFormat, NotLocated
+from finetune.data.formats import SourceRow
+from finetune.data.parallel import map_batches
+from finetune.data.spans import Rendered, Turn, render_turns
 
 
 @dataclass(frozen=True)
@@ -43,37 +43,43 @@ def encode_chat(
 
     `loss_on`: "assistant" trains every assistant turn, "completion" the last one, "all" every token but the first.
     """
-    rows = iter(rows)
-    while batch := list(islice(rows, _BATCH_ROWS)):
-        rendered = [_render(chat, row, loss_on) for row in batch]
-        good = [entry for entry in rendered if isinstance(entry, Rendered)]
-        encodings = iter(())
-        if good:
-            # the template has written every special token already: adding them again would double the BOS
-            tokens = chat.tokenizer(
-                [entry.text for entry in good],
-                add_special_tokens=False,
-                return_offsets_mapping=loss_on != "all",
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-            encodings = zip(tokens["input_ids"], tokens.get("offset_mapping", [None] * len(good)))
-        for row, entry in zip(batch, rendered):
-            if isinstance(entry, Dropped):
-                yield entry
-            else:
-                yield _chat_sample(row.where, entry, *next(encodings), max_length)
+    return map_batches(partial(chat_batch, chat, loss_on, max_length), rows)
+
+
+def chat_batch(chat: ChatFormat, loss_on: str, max_length: int, batch: Sequence[SourceRow]) -> list[Encoded | Dropped]:
+    """One result per conversation of a batch."""
+    rendered = [_render(chat, row, loss_on) for row in batch]
+    good = [entry for entry in rendered if isinstance(entry, Rendered)]
+    encodings = iter(())
+    if good:
+        # the template has written every special token already: adding them again would double the BOS
+        tokens = chat.tokenizer(
+            [entry.text for entry in good],
+            add_special_tokens=False,
+            return_offsets_mapping=loss_on != "all",
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        encodings = zip(tokens["input_ids"], tokens.get("offset_mapping", [None] * len(good)))
+    return [
+        entry if isinstance(entry, Dropped) else _chat_sample(row.where, entry, *next(encodings), max_length)
+        for row, entry in zip(batch, rendered)
+    ]
 
 
 def _render(chat: ChatFormat, row: SourceRow, loss_on: str) -> Rendered | Dropped:
     if loss_on != "all" and not any(message["role"] == "assistant" for message in row.messages):
         return Dropped(row.where, "it has no assistant turn")
     try:
-        if loss_on == "all":
-            return Rendered(chat.render(row.messages), ())
-        rendered = render_turns(chat, row.messages)
+        rendered = render_turns(chat, row.messages, row.tools)
     except NotLocated as error:
+        # with every token trained, a template that changes plain contents beyond recognition does no harm
+        if loss_on == "all" and not row.tools and all(set(message) == {"role", "content"} for message in row.messages):
+            try:
+                return Rendered(chat.render(row.messages, row.tools), ())
+            except NotLocated as refused:
+                return Dropped(row.where, str(refused))
         return Dropped(row.where, str(error))
     return Rendered(rendered.text, rendered.turns[-1:]) if loss_on == "completion" else rendered
 
@@ -116,40 +122,43 @@ def encode_text(tokenizer, rows: Iterable[SourceRow], block_tokens: int) -> Iter
     The last sample may be shorter; one of a single token is left out, for it trains nothing. Documents begin with what
     the tokenizer puts there (BOS, or nothing). A document without characters other than white space is dropped.
     """
-    prefix = _text_prefix(tokenizer)
     held: list[np.ndarray] = []
     held_tokens = 0
-    rows = iter(rows)
-    while batch := list(islice(rows, _BATCH_ROWS)):
-        full = [row for row in batch if row.text.strip()]
-        yield from (Dropped(row.where, "its text is empty") for row in batch if not row.text.strip())
-        encodings = _documents(tokenizer, [row.text for row in full], prefix) if full else ()
-        for document in encodings:
-            held.append(document)
-            held_tokens += len(document)
-            if held_tokens >= block_tokens:
-                joined = np.concatenate(held)
-                cut = held_tokens - held_tokens % block_tokens
-                yield from (_block(joined[i : i + block_tokens]) for i in range(0, cut, block_tokens))
-                held, held_tokens = [joined[cut:]], held_tokens - cut
+    for document in map_batches(partial(document_batch, tokenizer, text_prefix(tokenizer)), rows):
+        if isinstance(document, Dropped):
+            yield document
+            continue
+        held.append(document)
+        held_tokens += len(document)
+        if held_tokens >= block_tokens:
+            joined = np.concatenate(held)
+            cut = held_tokens - held_tokens % block_tokens
+            yield from (_block(joined[i : i + block_tokens]) for i in range(0, cut, block_tokens))
+            held, held_tokens = [joined[cut:]], held_tokens - cut
     if held_tokens >= 2:
         yield _block(np.concatenate(held))
 
 
-def _documents(tokenizer, texts: Sequence[str], prefix: list[int]) -> Iterator[np.ndarray]:
-    eos = tokenizer.eos_token_id
-    plain = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
-    for ids in plain:
+def document_batch(tokenizer, prefix: list[int], batch: Sequence[SourceRow]) -> list[np.ndarray | Dropped]:
+    """The token ids of each document of a batch, from `prefix` to eos."""
+    full = [row.text for row in batch if row.text.strip()]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    plain = iter(tokenizer(full, verbose=False, **options)["input_ids"] if full else ())
+    result: list[np.ndarray | Dropped] = []
+    for row in batch:
+        if not row.text.strip():
+            result.append(Dropped(row.where, "its text is empty"))
+            continue
+        ids = next(plain)
         # a document that spells out its own first or last special token does not get a second one
         begin = [] if ids[: len(prefix)] == prefix else prefix
-        end = [] if ids[-1:] == [eos] else [eos]
-        yield np.asarray([*begin, *ids, *end], np.int32)
+        end = [] if ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+        result.append(np.asarray([*begin, *ids, *end], np.int32))
+    return result
 
 
-def _text_prefix(tokenizer) -> list[int]:
-    """What the tokenizer puts before a text (BOS, or nothing)."""
+def text_prefix(tokenizer) -> list[int]:
+    """The ids that the tokenizer puts before a text (BOS, or nothing)."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]

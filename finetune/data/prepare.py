@@ -11,18 +11,22 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from finetune.data.chat import ChatFormat, chat_format
+from finetune.data.chat import ChatFormat
+from finetune.data.checks import chat_formats, count_problems, describe
 from finetune.data.encode import Dropped, Encoded, encode_chat, encode_text
-from finetune.data.sources import Source, SourceRow, first_rows, open_source
+from finetune.data.sources import Source, first_rows, open_sources
+from finetune.data.formats import SourceRow
 from finetune.data.store import RowWriter, TokenRows, get_or_build, read_summary
 from finetune.errors import UserError
 from finetune.recipe import Loaded
+from finetune.windows import row_order
 
-FORMAT_VERSION = 1  # part of every cache key: raise it when the same rows become other tokens
-MAX_DROPPED_FRACTION = 0.1
+FORMAT_VERSION = 2  # part of every cache key: raise it when the same rows become other tokens
 _PROGRESS_AFTER_SECONDS = 3
+_HALVES = 1 << 40  # keeps the choice of a fractional weight apart from the orders of the epochs
 _Rows = Iterator[tuple[int, SourceRow]]
 
 
@@ -30,10 +34,11 @@ _Rows = Iterator[tuple[int, SourceRow]]
 class PreparedData:
     """Token rows to train on and to evaluate on (None without data.eval or data.eval_fraction), and their figures.
 
-    `summary` counts the training rows: `source_rows` (read), `dropped` (of them), `rows` (samples), `truncated`,
-    `tokens`, `trained_tokens`, `turns`, `ends` (trained turns, and those whose end-of-turn token is trained), `reasons`
-    (of dropped rows, each with a count and an example); the same for evaluation rows under `evaluation` (or None);
-    `max_token_id` over both; `cache`: "new" or "reused"; `cache_folder`.
+    `summary` counts the training rows: `source_rows` (read), `dropped` (of them), `rows` (samples, after weights),
+    `truncated`, `tokens`, `trained_tokens`, `turns`, `ends` (trained turns, and those whose end-of-turn token is
+    trained), `reasons` (of dropped rows, each with a count and an example), `sources` (name, format, rows, weight);
+    the same for evaluation rows under `evaluation` (or None); `max_token_id` over both; `cache`: "new" or "reused";
+    `cache_folder`.
     """
 
     train: TokenRows
@@ -48,61 +53,63 @@ def prepare(loaded: Loaded, tokenizer, say: Callable[[str], None]) -> PreparedDa
     lock, the others wait. `say` takes one line for people. Raises UserError for rows, sources, templates and settings
     that the user can mend, with the data file's line or the recipe's.
     """
-    data = loaded.recipe.data
-    train = _open(loaded, "train", data.train)
-    evaluation = _open(loaded, "eval", data.eval or [])
-    chat = _check_tokenizer(loaded, tokenizer, [*train, *evaluation])
+    prepared, problems = tokenise(loaded, tokenizer, say)
+    if problems or prepared is None:
+        raise UserError(problems)
+    return prepared
+
+
+def tokenise(loaded: Loaded, tokenizer, say: Callable[[str], None]) -> tuple[PreparedData | None, list[str]]:
+    """`prepare` for those who want to look at what came out even where it is refused: the data and the problems.
+
+    None where no row came out. Raises UserError for what cannot be read at all.
+    """
+    train, evaluation = open_sources(loaded, "train"), open_sources(loaded, "eval")
+    formats = chat_formats(loaded, tokenizer, [*train, *evaluation])
     key = _cache_key(loaded, tokenizer, train, evaluation)
-    folder, reused = get_or_build(key, _is_good, partial(_build, loaded, tokenizer, chat, train, evaluation), say)
-    summary = read_summary(folder)
-    assert summary is not None
-    _check_counts(loaded, summary)
-    opened = {name: TokenRows(folder / name, f"{key}-{name}") for name in ("train", "evaluation") if summary[name]}
+    folder, reused = get_or_build(key, _is_good, partial(_build, loaded, tokenizer, formats, train, evaluation), say)
+    stored = read_summary(folder)
+    assert stored is not None
+    problems = count_problems(loaded, stored)
     summary = {
-        **summary["train"],
-        "evaluation": summary["evaluation"],
-        "max_token_id": summary["max_token_id"],
+        **stored["train"],
+        "evaluation": stored["evaluation"],
+        "max_token_id": stored["max_token_id"],
         "cache": "reused" if reused else "new",
         "cache_folder": str(folder),
     }
-    _describe(summary, say)
-    return PreparedData(opened["train"], opened.get("evaluation"), summary)
+    if not stored["train"]["rows"]:
+        return None, problems
+    weights = [source.weight for source in train]
+    index = weighted_rows([source["rows"] for source in summary["sources"]], weights, loaded.recipe.training.seed)
+    fingerprint = f"{key}-train" + ("" if index is None else f"-{hashlib.sha256(index.tobytes()).hexdigest()[:16]}")
+    rows = TokenRows(folder / "train", fingerprint, index)
+    summary["sources"] = [{**entry, "weight": weight} for entry, weight in zip(summary["sources"], weights)]
+    summary |= {"rows": len(rows), "tokens": int(rows.lengths.sum()), "trained_tokens": int(rows.trained.sum())}
+    held_out = None
+    if stored["evaluation"] and stored["evaluation"]["rows"]:
+        held_out = TokenRows(folder / "evaluation", f"{key}-evaluation")
+    describe([*train, *evaluation], summary, formats, say)
+    return PreparedData(rows, held_out, summary), problems
 
 
-def _open(loaded: Loaded, name: str, sections: Sequence) -> list[Source]:
-    sources = []
-    for i, section in enumerate(sections):
-        setting = f"{loaded.where(f'data.{name}[{i}].path')}: data.{name}"
-        sources.append(open_source(section.path, section.split, setting))
-    return sources
+def weighted_rows(rows: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray | None:
+    """Numbers of the stored rows that make up an epoch, sources in order; None when every weight is 1.
 
-
-def _check_tokenizer(loaded: Loaded, tokenizer, sources: Sequence[Source]) -> ChatFormat | None:
-    """The chat format, if a source needs one. Raises UserError where tokenizer, sources and data.loss_on do not fit."""
-    loss_on = loaded.recipe.data.loss_on
-    model = f"{loaded.where('model.name_or_path')}: model.name_or_path"
-    text = next((source for source in sources if source.kind == "text"), None)
-    if text and loss_on != "all":
-        raise UserError(
-            f"{loaded.where('data.loss_on')}: data.loss_on is '{loss_on}', but {text.name} ({text.setting}) is plain "
-            "text, which has no assistant turns. Use data.loss_on: all."
-        )
-    if text and tokenizer.eos_token_id is None:
-        raise UserError(f"{model}: its tokenizer has no eos token, which has to end every document of {text.name}.")
-    chat = next((source for source in sources if source.kind == "chat"), None)
-    if not chat:
+    A source of n rows and weight w gives floor(w) times all its rows and round((w - floor(w)) * n) more, chosen by
+    `seed` and the same in every epoch; at least one row.
+    """
+    if all(weight == 1 for weight in weights):
         return None
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{model}: its tokenizer has no chat template, which the conversations of {chat.name} need. Use the "
-            "instruction-tuned variant of the model, or a copy of it with a chat_template.jinja."
-        )
-    if loss_on != "all" and not tokenizer.is_fast:
-        raise UserError(
-            f"{model}: its tokenizer gives no character offsets, which data.loss_on: {loss_on} needs. Use a model with "
-            "a tokenizer.json, or data.loss_on: all."
-        )
-    return chat_format(tokenizer)
+    parts, first = [], 0
+    for number, (count, weight) in enumerate(zip(rows, weights)):
+        whole = int(weight)
+        more = round((weight - whole) * count)
+        more = max(more, 1) if whole == 0 and count else more
+        chosen = np.sort(row_order(count, seed, _HALVES + number)[:more])
+        parts.append(first + np.concatenate([np.tile(np.arange(count), whole), chosen]).astype(np.int64))
+        first += count
+    return np.concatenate(parts)
 
 
 def _cache_key(loaded: Loaded, tokenizer, train: Sequence[Source], evaluation: Sequence[Source]) -> str:
@@ -118,8 +125,8 @@ def _cache_key(loaded: Loaded, tokenizer, train: Sequence[Source], evaluation: S
         "vocabulary": vocabulary,
         "chat_template": tokenizer.chat_template,
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "train": [(source.kind, source.identity) for source in train],
-        "eval": [(source.kind, source.identity) for source in evaluation],
+        "train": [source.identity for source in train],
+        "eval": [source.identity for source in evaluation],
         "max_length": data.max_length,
         "loss_on": data.loss_on,
         "max_rows": data.max_rows,
@@ -146,13 +153,13 @@ def held_out_keys(keys: Iterable[bytes], fraction: float, seed: int) -> set[byte
     return chosen
 
 
-def _build(loaded: Loaded, tokenizer, chat: ChatFormat | None, train, evaluation, folder: Path) -> None:
+def _build(loaded: Loaded, tokenizer, formats: dict[str, ChatFormat], train, evaluation, folder: Path) -> None:
     data = loaded.recipe.data
     held_out: set[bytes] = set()
     if data.eval_fraction:
         keys = (row.content_key() for _, row in first_rows(train, data.max_rows))
         held_out = held_out_keys(keys, data.eval_fraction, loaded.recipe.training.seed)
-    encode = partial(_encode_sources, tokenizer, chat, data.loss_on, data.max_length)
+    encode = partial(_encode_sources, tokenizer, formats, data.loss_on, data.max_length)
 
     def side(held: bool) -> _Rows:
         rows = first_rows(train, data.max_rows)
@@ -169,21 +176,24 @@ def _build(loaded: Loaded, tokenizer, chat: ChatFormat | None, train, evaluation
 
 
 def _encode_sources(
-    tokenizer, chat: ChatFormat | None, loss_on: str, max_length: int, sources: Sequence[Source], rows: _Rows
-) -> Iterator[Encoded | Dropped]:
-    """Samples of all sources in order; a block of text never holds documents of two sources."""
+    tokenizer, formats: dict[str, ChatFormat], loss_on: str, max_length: int, sources: Sequence[Source], rows: _Rows
+) -> Iterator[tuple[int, Encoded | Dropped]]:
+    """Samples of all sources in order, with their source's index; a block of text never holds documents of two."""
     for index, group in groupby(rows, key=lambda entry: entry[0]):
         source_rows: Iterator[SourceRow] = (row for _, row in group)
-        if sources[index].kind == "text":
-            yield from encode_text(tokenizer, source_rows, max_length)
+        kind = sources[index].kind
+        if kind == "text":
+            samples = encode_text(tokenizer, source_rows, max_length)
         else:
-            yield from encode_chat(chat, source_rows, loss_on, max_length)
+            samples = encode_chat(formats[kind], source_rows, loss_on, max_length)
+        yield from ((index, sample) for sample in samples)
 
 
 def _write(folder: Path, encode, sources: Sequence[Source], rows: _Rows) -> dict:
     writer = RowWriter(folder)
     counts = Counter(source_rows=0, truncated=0, dropped=0, turns=0, ends=0)
     reasons: dict[str, dict] = {}
+    of_source: Counter[int] = Counter()
 
     def counted() -> _Rows:
         name = f"tokenising {folder.name}"
@@ -191,12 +201,13 @@ def _write(folder: Path, encode, sources: Sequence[Source], rows: _Rows) -> dict
             counts["source_rows"] += 1
             yield entry
 
-    for sample in encode(sources, counted()):
+    for index, sample in encode(sources, counted()):
         if isinstance(sample, Dropped):
             counts["dropped"] += 1
             reasons.setdefault(sample.reason, {"rows": 0, "example": sample.where})["rows"] += 1
             continue
         writer.add(sample.input_ids, sample.trained)
+        of_source[index] += 1
         counts.update(truncated=int(sample.truncated), turns=sample.turns, ends=sample.ends)
     writer.close()
     return {
@@ -205,6 +216,9 @@ def _write(folder: Path, encode, sources: Sequence[Source], rows: _Rows) -> dict
         "trained_tokens": writer.trained_tokens,
         **counts,
         "reasons": reasons,
+        "sources": [
+            {"name": source.name, "format": source.shape.format, "rows": of_source[i]} for i, source in enumerate(sources)
+        ],
         "max_token_id": writer.max_token_id,
     }
 
@@ -220,40 +234,3 @@ def _is_good(folder: Path) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return True
-
-
-def _check_counts(loaded: Loaded, summary: dict) -> None:
-    data = loaded.recipe.data
-    for name, part in (("train", summary["train"]), ("eval", summary["evaluation"])):
-        if part is None:
-            continue
-        key = "data.eval_fraction" if name == "eval" and data.eval_fraction else f"data.{name}"
-        setting = f"{loaded.where(key)}: {key}"
-        total = part["source_rows"]
-        if part["dropped"] > MAX_DROPPED_FRACTION * total:
-            reasons = "; ".join(
-                f"{entry['rows']} because {reason} (first: {entry['example']})"
-                for reason, entry in sorted(part["reasons"].items(), key=lambda item: -item[1]["rows"])[:5]
-            )
-            raise UserError(
-                f"{setting}: {part['dropped']} of {total} rows cannot be trained on, at most "
-                f"{MAX_DROPPED_FRACTION:.0%} may be dropped: {reasons}."
-            )
-        if not part["rows"]:
-            why = "add rows or name data.eval" if key == "data.eval_fraction" else "its sources are empty or too short"
-            raise UserError(f"{setting} leaves no rows: {why}.")
-
-
-def _describe(summary: dict, say: Callable[[str], None]) -> None:
-    state = "reused from" if summary["cache"] == "reused" else "cached in"
-    for name, part in (("train", summary), ("evaluation", summary["evaluation"])):
-        if part is None:
-            continue
-        notes = [f"{part[what]:,} {what}" for what in ("truncated", "dropped") if part[what]]
-        if part["ends"] < part["turns"]:
-            notes.append(f"{part['turns'] - part['ends']:,} of {part['turns']:,} turns without a trained end")
-        say(
-            f"data: {name} {part['rows']:,} rows, {part['tokens']:,} tokens, {part['trained_tokens']:,} of them trained"
-            + (f" ({', '.join(notes)})" if notes else "")
-            + f"; {state} {summary['cache_folder']}"
-        )

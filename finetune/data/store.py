@@ -34,15 +34,19 @@ class TokenRows:
     `lengths` (tokens) and `trained` (trained tokens) have shape (rows,), int64. `fingerprint` names the content.
     """
 
-    def __init__(self, folder: Path, fingerprint: str):
-        """Open the arrays in `folder`. Raises ValueError or OSError when they are missing or do not belong together."""
+    def __init__(self, folder: Path, fingerprint: str, index: np.ndarray | None = None):
+        """Open the arrays in `folder`; `index` (rows,) picks and repeats stored rows, None takes each once.
+
+        Raises ValueError or OSError when the arrays are missing or do not belong together.
+        """
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
         self._tokens, self._mask, ends = arrays["tokens"], arrays["mask"], arrays["ends"]
         if not len(self._tokens) == len(self._mask) == ends[-1] or len(arrays["trained"]) != len(ends):
             raise ValueError(f"{folder} is damaged")
         self._offsets = np.concatenate([np.zeros(1, np.int64), ends])
-        self.lengths = np.diff(self._offsets)
-        self.trained = np.asarray(arrays["trained"], np.int64)
+        self._index = np.arange(len(ends)) if index is None else index
+        self.lengths = np.diff(self._offsets)[self._index]
+        self.trained = np.asarray(arrays["trained"], np.int64)[self._index]
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -50,7 +54,8 @@ class TokenRows:
 
     def row(self, index: int) -> Row:
         """Row `index` (0 <= index < len)."""
-        start, end = self._offsets[index], self._offsets[index + 1]
+        stored = self._index[index]
+        start, end = self._offsets[stored], self._offsets[stored + 1]
         input_ids = np.array(self._tokens[start:end])
         return Row(input_ids, np.where(self._mask[start:end], input_ids, np.int32(IGNORED)))
 
