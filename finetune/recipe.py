@@ -170,12 +170,12 @@ def _resolve_paths(
         from_override = any(key[:n] in overridden for n in range(1, len(key) + 1))
         folder = Path(places[key].file).parent if key in places and not from_override else recipe_folder
         bases = (Path.cwd(), folder.absolute()) if from_override else (folder.absolute(), Path.cwd())
-        places = list(dict.fromkeys(os.path.abspath(base / os.path.expanduser(value)) for base in bases))
-        existing = [place for place in places if os.path.exists(place)]
+        candidates = list(dict.fromkeys(os.path.abspath(base / os.path.expanduser(value)) for base in bases))
+        existing = [place for place in candidates if os.path.exists(place)]
         if existing:
             _set(given, key, existing[0])
         elif value[0] in "./~" or value.count("/") > 1 or _FILE_NAME.search(value) or not _HUB_ID.match(value):
-            problems.append((key, f"{dotted(key)} is '{value}', but there is no {' and no '.join(places)}."))
+            problems.append((key, f"{dotted(key)} is '{value}', but there is no {' and no '.join(candidates)}."))
     if isinstance(output := given.get("output_dir"), str) and output:
         given["output_dir"] = os.path.abspath(os.path.expanduser(output))
     return problems

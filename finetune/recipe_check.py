@@ -63,12 +63,12 @@ def own_keys() -> dict[str, list[str]]:
 def _sections(model: type[Section], name: str) -> Iterator[tuple[str, list[str]]]:
     yield name, list(model.model_fields)
     for key, field in model.model_fields.items():
-        child, many = _child(field)
+        child, many = child_section(field)
         if child:
             yield from _sections(child, f"{name}.{key}".lstrip(".") + ("[]" if many else ""))
 
 
-def _child(field: FieldInfo) -> tuple[type[Section] | None, bool]:
+def child_section(field: FieldInfo) -> tuple[type[Section] | None, bool]:
     """The section class behind a field, and whether the field holds a list of them."""
     for option in _options(field.annotation):
         if isinstance(option, type) and issubclass(option, Section):
@@ -99,7 +99,7 @@ def _prune(model: type[Section], value: Any, path: KeyPath, problems: list[Probl
         if field is None:
             problems.append((here, _unknown(path, key, item)))
             continue
-        child, many = _child(field)
+        child, many = child_section(field)
         if item is None:
             empty = "Write {} for its defaults, or leave the section out." if child else "Leave it out for its default."
             problems.append((here, f"{dotted(here)} is null, which is never a value. {empty}"))
@@ -152,13 +152,13 @@ def _locate(loc: tuple[str | int, ...]) -> tuple[KeyPath, FieldInfo | None]:
     path: list[str | int] = []
     field = None
     for part in loc:
-        if isinstance(part, int) and field is not None and _child(field)[1]:
+        if isinstance(part, int) and field is not None and child_section(field)[1]:
             path.append(part)
-            model = _child(field)[0]
+            model = child_section(field)[0]
         elif model is not None and part in model.model_fields:
             path.append(part)
             field = model.model_fields[str(part)]
-            child, many = _child(field)
+            child, many = child_section(field)
             model = None if many else child
         elif part != "SourceSection":
             break
@@ -218,6 +218,8 @@ def allowed(annotation: Any, metadata: Any = ()) -> str:
         item = get_args(annotation)[0]
         sections = isinstance(item, type) and issubclass(item, Section)
         return f"a list of {'mappings such as {path: ...}' if sections else 'names'} with at least one entry"
+    if get_origin(annotation) is dict:
+        return "a mapping of names to names"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text (not empty)"}
     return names.get(annotation, "a mapping") + _bounds(metadata)
 

@@ -5,9 +5,10 @@ import os
 import pytest
 
 from finetune.errors import UserError
+from finetune.foreign_names import BY_TOOL, FOREIGN, SAID_IN_WORDS
 from finetune.recipe import Recipe, load
 from finetune.recipe_check import own_keys
-from finetune.suggest import FOREIGN, LATER, suggest
+from finetune.suggest import LATER, suggest
 
 MINIMAL = "model: {name_or_path: org/model}\ndata: {train: [{path: org/rows}]}\noutput_dir: x\n"
 
@@ -83,7 +84,7 @@ cutoff_len: 32
         ("model.name_or_path", "''", "it must be text (not empty)"),
         ("data.train", "[]", "a list of mappings such as {path: ...} with at least one entry"),
         ("data.train", "org/rows", "a list of mappings such as {path: ...}"),
-        ("data.train", "[org/rows]", "data.train[0] is 'org/rows'; it must be a mapping with keys among path, split."),
+        ("data.train", "[org/rows]", "data.train[0] is 'org/rows'; it must be a mapping with keys among path, split,"),
         ("data.train", "[{split: x}]", "data.train[0].path is missing and required"),
         ("data.max_length", "1", "of at least 2"),
         ("data.eval_fraction", "1", "less than 1"),
@@ -179,18 +180,55 @@ def every_key():
 
 def test_every_foreign_name_leads_to_a_key_that_exists():
     ours = {f"{section}.{key}" if section else key for section, key in every_key()}
-    for name, target in FOREIGN.items():
-        if not target.startswith("the launch file"):
-            assert set(target.replace(" or ", " and ").replace(" (rows per optimizer step)", "").split(" and ")) <= ours
-        assert name not in ours
     assert not LATER & ours
+    for name, target in FOREIGN.items():
+        assert name not in ours
+        if not target.startswith("the launch file"):
+            targets = target.replace(" (rows per optimizer step)", "").replace(" or ", " and ").split(" and ")
+            assert set(targets) <= ours, name
 
 
-def test_foreign_names_are_understood_wherever_they_stand():
+def test_the_well_known_tools_are_covered():
+    assert {"axolotl", "LLaMA-Factory", "torchtune"} <= set(BY_TOOL)
+    assert len(FOREIGN) >= 150 and min(len(names) for names in BY_TOOL.values()) >= 20
+    for name in SAID_IN_WORDS:
+        assert suggest("", name, own_keys()) == SAID_IN_WORDS[name]
+
+
+@pytest.mark.parametrize("section", ["", "model", "lora", "data", "data.train[]", "training", "evaluation", "logging"])
+def test_foreign_names_are_understood_wherever_they_stand(section):
+    for name, target in FOREIGN.items():
+        if "." not in name:
+            assert suggest(section, name, own_keys()) == f"Use {target}."
+
+
+def test_a_foreign_name_may_mean_something_in_one_section_only():
     for name, target in FOREIGN.items():
         section, _, key = name.rpartition(".")
-        assert suggest(section, key, own_keys()) in (f"Use {target}.", f"Did you mean {target.rpartition('.')[2]}?")
-    assert suggest("lora", "lora_r", own_keys()) == "Use lora.r."
+        assert suggest(section, key, own_keys()) == f"Use {target}."
+
+
+def test_sections_of_other_tools_are_read_through(tmp_path):
+    text = MINIMAL + "optimizer: {_component_: torch.optim.AdamW, lr: 2e-5, weight_decay: 0.1, betas: [0.9, 0.95]}\n"
+    (message,) = problems(tmp_path, text)
+    assert message == (
+        "recipe.yaml:4: optimizer is not a key of a recipe. Use training.optim. Inside it, lr is training.learning_rate,"
+        " weight_decay is training.weight_decay, betas is training.adam_beta1 and training.adam_beta2."
+    )
+    (message,) = problems(tmp_path, MINIMAL + "peft: {kind: {lora_r: 8, lora_alpha: 16}}\n")
+    assert message.endswith("Inside it, lora_r is lora.r, lora_alpha is lora.alpha.")
+
+
+def test_a_keyword_in_a_list_of_layers_is_refused(tmp_path):
+    (message,) = problems(tmp_path, MINIMAL + "lora: {target_modules: [all-linear]}\n")
+    assert "lora.target_modules is ['all-linear']; it must be all-linear, or a list of names" in message
+
+
+def test_a_combination_is_judged_beside_wrong_values(tmp_path):
+    text = MINIMAL + "training: {seed: -1}\n"
+    found = problems(tmp_path, text.replace("org/model}", "org/model, load_in_4bit: true}"))
+    assert len(found) == 2
+    assert "recipe.yaml:1: model.load_in_4bit is true, but 4-bit weights cannot be trained" in found[0]
 
 
 def test_misspelt_keys_get_the_right_key():

@@ -1,0 +1,115 @@
+"""`finetune check`: a broken recipe is answered at once, a good one is followed down to a sample of its data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import small_recipe
+
+from finetune.check import check
+from finetune.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+BROKEN = "model: {name_or_path: org/model}\ntraining: {sede: 1, cutoff_len: 3}\n"
+SAY_WHAT_WAS_IMPORTED = """
+import sys
+from finetune.cli import main
+try:
+    main()
+finally:
+    print([m for m in ("torch", "transformers", "datasets", "accelerate", "deepspeed") if m in sys.modules])
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    return small_recipe(tmp_path / "job")
+
+
+def command(*arguments, code=None):
+    start = [sys.executable, "-c", code] if code else [sys.executable, "-m", "finetune"]
+    return subprocess.run([*start, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["check", "train"])
+def test_a_broken_recipe_is_answered_in_two_seconds_without_torch(tmp_path, name):
+    (tmp_path / "recipe.yaml").write_text(BROKEN)
+    (tmp_path / "launch.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    arguments = (name, tmp_path / "recipe.yaml", "lora.rank=3", "--launch", tmp_path / "launch.yaml")
+    seconds = []
+    for _ in range(3):  # the machine may be busy with something else once
+        start = time.monotonic()
+        done = command(*arguments, code=SAY_WHAT_WAS_IMPORTED)
+        seconds.append(time.monotonic() - start)
+        if seconds[-1] < 2:
+            break
+    assert done.returncode == 2 and done.stdout.strip() == "[]"
+    assert min(seconds) < 2
+    for words in ("recipe.yaml: data is missing", "recipe.yaml:2: training.sede", "Use data.max_length.",
+                  "command line: lora.rank is not a key of lora. Use lora.r.", "launch.yaml:1: distributed_type"):  # fmt: skip
+        assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_good_recipe_is_summarised(recipe, capsys):
+    check(str(recipe), [], None)
+    said = capsys.readouterr().out
+    for words in ("recipe.yaml is fine", "LlamaForCausalLM, 448 token ids", "40 rows, ", "longest row", "; 5 steps",
+                  "8 rows per optimizer step = 2 rows per micro-batch x K=4 micro-batches x 1 rank",
+                  "one process, float32 (no launch file was given"):  # fmt: skip
+        assert words in said
+    assert not (recipe.parent / "run").exists()
+
+
+def test_a_launch_file_changes_the_arithmetic(recipe, capsys):
+    check(str(recipe), ["training.global_batch_size=32"], str(ROOT / "accelerate_configs" / "zero2.yaml"))
+    said = capsys.readouterr().out
+    assert "x K=2 micro-batches x 8 ranks" in said and "DeepSpeed ZeRO-2, 8 ranks, bf16" in said
+    with pytest.raises(UserError, match="does not divide it"):
+        check(str(recipe), [], str(ROOT / "accelerate_configs" / "zero2.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.name_or_path=.", "command line: model.name_or_path"),
+        ("data.max_length=4096", "fine"),
+        ("data.max_length=2", "cannot be trained on"),
+    ],
+)
+def test_model_tokenizer_and_data_are_looked_at(recipe, capsys, monkeypatch, override, words):
+    monkeypatch.chdir(recipe.parent)
+    try:
+        check("recipe.yaml", [override], None)
+        said = capsys.readouterr().out
+    except UserError as error:
+        said = str(error)
+    assert words in said
+
+
+def test_only_a_sample_of_a_large_data_set_is_read(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("finetune.check.SAMPLE_ROWS", 20)
+    check(str(recipe), [], None)
+    assert "a sample of 16 rows" in capsys.readouterr().out
+    check(str(recipe), ["data.max_rows=10", "training.max_steps=7"], None)
+    said = capsys.readouterr().out
+    assert "  data       8 rows" in said and "; 7 steps" in said
+
+
+def test_json_is_one_document_on_stdout(recipe):
+    good = command("check", recipe, "--json")
+    document = json.loads(good.stdout)
+    assert good.returncode == 0
+    assert set(document) == {"ok", "problems", "recipe", "launch", "batch", "model", "tokenizer", "data"}
+    assert document["ok"] and document["data"]["planned_steps"] == 5 and document["launch"]["ranks"] == 1
+    bad = command("check", recipe, "training.sede=1", "--json")
+    document = json.loads(bad.stdout)
+    assert bad.returncode == 2 and not document["ok"]
+    assert document["problems"] == ["command line: training.sede is not a key of training. Did you mean seed?"]
+    assert document["problems"][0] in bad.stderr
