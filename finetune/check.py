@@ -8,10 +8,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.preflight import Settled, first_stage
+from finetune.recipe import Loaded
+
+if TYPE_CHECKING:
+    from finetune.data import PreparedData
 
 SAMPLE_ROWS = 1000
 
@@ -62,13 +66,14 @@ def _second_stage(settled: Settled) -> dict[str, Any]:
     loaded = settled.loaded
     model = facts(loaded)
     tokenizer = load_tokenizer(loaded)
-    data, whole = _sample(loaded, tokenizer)
-    check_rows(loaded, model, data)
-    report = {key: data.summary[key] for key in ("rows", "tokens", "trained_tokens", "truncated", "dropped")}
-    report |= {"longest_row_tokens": int(data.train.lengths.max()), "whole": whole}
-    training = loaded.recipe.training
-    if whole or training.max_steps is not None:
-        report["planned_steps"] = make_schedule(loaded, settled.batch, len(data.train)).planned_steps
+    samples, whole = _samples(loaded, tokenizer)
+    for data in samples:
+        check_rows(loaded, model, data)
+    counted = ("rows", "tokens", "trained_tokens", "truncated", "dropped")
+    report: dict[str, Any] = {key: sum(data.summary[key] for data in samples) for key in counted}
+    report |= {"longest_row_tokens": max(int(data.train.lengths.max()) for data in samples), "whole": whole}
+    if whole or loaded.recipe.training.max_steps is not None:
+        report["planned_steps"] = make_schedule(loaded, settled.batch, len(samples[0].train)).planned_steps
     return {
         "model": dataclasses.asdict(model),
         "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer), "pad_token": tokenizer.pad_token},
@@ -76,17 +81,21 @@ def _second_stage(settled: Settled) -> dict[str, Any]:
     }
 
 
-def _sample(loaded, tokenizer):
-    """(the first rows made into tokens as training would, whether that is all there is)."""
+def _samples(loaded: Loaded, tokenizer) -> tuple[list[PreparedData], bool]:
+    """The first rows of every training source made into tokens as training would, and whether that is all there is."""
     from finetune.data import prepare
 
     section = loaded.recipe.data
-    limit = min(SAMPLE_ROWS, section.max_rows or SAMPLE_ROWS)
-    shortened = loaded.recipe.model_copy(update={"data": section.model_copy(update={"max_rows": limit})})
-    data = prepare(dataclasses.replace(loaded, recipe=shortened), tokenizer, lambda line: None)
-    evaluation = data.summary["evaluation"]
-    taken = data.summary["source_rows"] + (evaluation["source_rows"] if evaluation and section.eval_fraction else 0)
-    return data, taken < limit or limit == section.max_rows
+    if len(section.train) == 1 or section.max_rows is not None and section.max_rows <= SAMPLE_ROWS:
+        shortened = loaded.sample(SAMPLE_ROWS)
+        data = prepare(shortened, tokenizer, lambda line: None)
+        evaluation = data.summary["evaluation"]
+        taken = data.summary["source_rows"] + (evaluation["source_rows"] if evaluation and section.eval_fraction else 0)
+        limit = shortened.recipe.data.max_rows
+        return [data], taken < limit or limit == section.max_rows
+    share = max(1, SAMPLE_ROWS // len(section.train))
+    each = [loaded.sample(share, index) for index in range(len(section.train))]
+    return [prepare(one, tokenizer, lambda line: None) for one in each], False
 
 
 def _summary(recipe_path: str, settled: Settled, found: dict, launch_file: str | None) -> str:

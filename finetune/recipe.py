@@ -6,7 +6,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,20 @@ class Loaded:
         """Whether the file or an override gives the dotted key (False: it has its default)."""
         return lookup(self._given, key_path(key)) is not None
 
+    def sample(self, rows: int, source: int | None = None) -> Loaded:
+        """This recipe with at most `rows` training rows; of one entry of data.train alone, and without data.eval, if
+        `source` is its index. `where` goes on to name the right lines.
+        """
+        data = self.recipe.data
+        changes: dict[str, Any] = {"max_rows": min(rows, data.max_rows or rows)}
+        places, overridden = dict(self._places), set(self._overridden)
+        if source is not None:
+            changes |= {"train": [data.train[source]], "eval": None}
+            places = {new: place for key, place in places.items() if (new := _first_source(key, source))}
+            overridden = {new for key in overridden if (new := _first_source(key, source))}
+        recipe = self.recipe.model_copy(update={"data": data.model_copy(update=changes)})
+        return replace(self, recipe=recipe, _places=places, _overridden=frozenset(overridden))
+
     def dump(self) -> str:
         """The resolved recipe as YAML: every default written out, no nulls, local paths absolute."""
         return dump(self.recipe.model_dump(exclude_none=True))
@@ -94,6 +108,13 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
     if messages or recipe is None:
         raise UserError(messages)
     return Loaded(recipe, Path(name).absolute(), name, given, merged.places, frozenset(overridden))
+
+
+def _first_source(key: KeyPath, source: int) -> KeyPath | None:
+    """`key` where data.train holds only its entry `source`; None for keys of the other entries."""
+    if key[:2] != ("data", "train") or len(key) == 2:
+        return key
+    return ("data", "train", 0, *key[3:]) if key[2] == source else None
 
 
 def _place(

@@ -113,3 +113,17 @@ def test_json_is_one_document_on_stdout(recipe):
     assert bad.returncode == 2 and not document["ok"]
     assert document["problems"] == ["command line: training.sede is not a key of training. Did you mean seed?"]
     assert document["problems"][0] in bad.stderr
+
+
+def test_every_source_is_sampled_and_named_by_its_own_line(recipe, capsys):
+    bad = recipe.parent / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n{"mess\n')
+    sources = f"[{{path: {recipe.parent / 'chat.jsonl'}}},\n         {{path: {bad}}}]"
+    text = recipe.read_text().replace(f"[{{path: {recipe.parent / 'chat.jsonl'}}}]", sources)
+    recipe.write_text(text)
+    with pytest.raises(UserError, match=r"bad.jsonl:2: "):
+        check(str(recipe), ["data.eval_fraction=0.5"], None)
+    bad.write_text("")
+    with pytest.raises(UserError, match=r"recipe.yaml:4: data.train"):
+        check(str(recipe), [], None)
+    assert capsys.readouterr().out == ""
