@@ -59,9 +59,11 @@ OPEN_ENDED = r"""{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['conten
 PLAIN = r"""{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"""
 
 
-def make_tokenizer(template: str | None = CHATML, bos=None, eos="</s>", pad="<pad>", add_bos=False, rstrip=()):
+def make_tokenizer(
+    template: str | None = CHATML, bos=None, eos="</s>", pad="<pad>", add_bos=False, rstrip=(), special=SPECIAL, added=()
+):
     """A byte-level BPE of some 400 entries. `add_bos` makes it put BOS before plain text, as Llama's does; tokens in
-    `rstrip` swallow the white space after them, as Phi-3's do."""
+    `rstrip` swallow the white space after them, as Phi-3's do; `added` are known words, but not special."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -69,7 +71,8 @@ def make_tokenizer(template: str | None = CHATML, bos=None, eos="</s>", pad="<pa
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     bpe.train_from_iterator([_TEXT] * 8, trainer)
-    bpe.add_special_tokens([AddedToken(text, special=True, rstrip=text in rstrip) for text in SPECIAL])
+    bpe.add_special_tokens([AddedToken(text, special=True, rstrip=text in rstrip) for text in special])
+    bpe.add_tokens([AddedToken(text, special=False) for text in added])
     if add_bos:
         number = bpe.token_to_id(bos)
         bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])

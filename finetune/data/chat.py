@@ -104,6 +104,8 @@ def _header(tokenizer, template: str) -> str:
         asked = _render(tokenizer, template, question, ask=True)
     except NotLocated:
         return ""
+    # Phi-3's closes what it does not leave open with eos
+    plain = plain if asked.startswith(plain) else plain.removesuffix(tokenizer.eos_token or "")
     header = asked[len(plain) :] if asked.startswith(plain) else ""
     return header if header.strip() else ""
 

@@ -12,9 +12,11 @@ or an empty thought that the template adds belongs to it) and ends with its end-
 
 from __future__ import annotations
 
+import json
 import os.path
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from finetune.data.chat import ChatFormat, NotLocated
 from finetune.data.marks import MARKS, PLANES, Marked, mark_all, spaced_edges
@@ -48,17 +50,33 @@ def render_turns(chat: ChatFormat, messages: Sequence[dict], tools: Sequence[dic
     conversation, does not show its tools or tool calls, or changes contents beyond recognition.
     """
     _check_shown(chat, messages, tools)
-    if not any(message.get("tool_calls") and not message["content"] for message in messages):
-        return _render_turns(chat, messages, tools)
-    # templates disagree on how a call without words looks: null as in OpenAI's form, or an empty string
-    calls_only = [
-        {**message, "content": None} if message.get("tool_calls") and not message["content"] else message
-        for message in messages
-    ]
-    try:
-        return _render_turns(chat, calls_only, tools)
-    except NotLocated:
-        return _render_turns(chat, messages, tools)
+    if not any(message.get("tool_calls") for message in messages):
+        return _render_turns(chat, messages, partial(chat.render, tools=tools))
+    problem = None
+    # templates disagree on how a call looks: no content or an empty one, arguments as object or as text
+    for empty, as_text in ((None, False), ("", False), (None, True), ("", True)):
+        try:
+            return _render_turns(chat, messages, partial(_render_calls, chat, tools, empty, as_text))
+        except NotLocated as error:
+            problem = problem or error
+    raise problem
+
+
+def _render_calls(chat: ChatFormat, tools, empty: str | None, as_text: bool, messages: Sequence[dict]) -> str:
+    shown = []
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = [dict(call, function=dict(call["function"])) for call in message["tool_calls"]]
+            for call in calls if as_text else ():
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            message = {**message, "content": message["content"] or empty, "tool_calls": calls}
+        shown.append(message)
+    text = chat.render(shown, tools)
+    for message in shown if not as_text else ():
+        for call in message.get("tool_calls", ()):
+            if (arguments := call["function"]["arguments"]) and str(arguments) in text and "'" in str(arguments):
+                raise NotLocated("the chat template writes the arguments of calls as Python, not as JSON")
+    return text
 
 
 def _check_shown(chat: ChatFormat, messages: Sequence[dict], tools: Sequence[dict] | None) -> None:
@@ -67,26 +85,28 @@ def _check_shown(chat: ChatFormat, messages: Sequence[dict], tools: Sequence[dic
         raise NotLocated("the chat template has no place for tools")
     if any(message.get("tool_calls") for message in messages) and "tool_calls" not in template:
         raise NotLocated("the chat template has no place for tool calls")
-    for name in REASONING:
-        if name not in template and any(message.get(name) for message in messages):
-            raise NotLocated(f"the chat template has no place for `{name}`")
+    # transformers hands a thought to the template under every one of these names
+    if not any(name in template for name in REASONING):
+        thoughtful = next((name for message in messages for name in REASONING if message.get(name)), None)
+        if thoughtful:
+            raise NotLocated(f"the chat template has no place for `{thoughtful}`")
 
 
-def _render_turns(chat: ChatFormat, messages: Sequence[dict], tools: Sequence[dict] | None) -> Rendered:
-    text = chat.render(messages, tools)
+def _render_turns(chat: ChatFormat, messages: Sequence[dict], render: Callable[[Sequence[dict]], str]) -> Rendered:
+    text = render(messages)
     plane = next((p for p in PLANES if not MARKS[p].search(text)), None)
     if plane is None:
         raise NotLocated("its text uses the private-use characters needed to find the assistant turns")
-    marked, marked_text = _mark_like(chat, messages, tools, text, plane)
+    marked, marked_text = _mark_like(render, messages, text, plane)
     places = [(m.group(), m.start() - n) for n, m in enumerate(MARKS[plane].finditer(marked_text))]
-    turns = _turns(chat, messages, tools, marked, places, text)
+    turns = _turns(chat, render, messages, marked, places, text)
     if turns and not turns[-1].ends and not text[turns[-1].end :].strip() and (eos := chat.tokenizer.eos_token):
         text = text[: turns[-1].end] + eos
         turns[-1] = Turn(turns[-1].start, len(text), True)
     return Rendered(text, tuple(turns))
 
 
-def _mark_like(chat: ChatFormat, messages, tools, text: str, plane: int) -> tuple[list[Marked], str]:
+def _mark_like(render, messages: Sequence[dict], text: str, plane: int) -> tuple[list[Marked], str]:
     """Marked messages whose rendering, marks removed, is `text`; and that rendering.
 
     White space at the edges of an assistant's content belongs to the turn where the template keeps it. The marks go
@@ -97,7 +117,7 @@ def _mark_like(chat: ChatFormat, messages, tools, text: str, plane: int) -> tupl
     def attempt(outside: set[tuple[int, int]]) -> tuple[list[Marked], str] | None:
         marked = mark_all(messages, outside, plane)
         try:
-            rendered = chat.render([entry.message for entry in marked], tools)
+            rendered = render([entry.message for entry in marked])
         except NotLocated:
             return None
         return (marked, rendered) if MARKS[plane].sub("", rendered) == text else None
@@ -116,18 +136,22 @@ def _mark_like(chat: ChatFormat, messages, tools, text: str, plane: int) -> tupl
     return found
 
 
-def _turns(chat: ChatFormat, messages, tools, marked: list[Marked], places: _Places, text: str) -> list[Turn]:
+def _turns(chat: ChatFormat, render, messages, marked: list[Marked], places: _Places, text: str) -> list[Turn]:
     owner = {mark: i for i, entry in enumerate(marked) for mark in (*entry.opens, *entry.closes, *entry.calls)}
     by_turn: dict[int, list[int]] = {}
+    seen: set[str] = set()
     for index, (mark, _) in enumerate(places):
+        if mark in seen and mark in marked[owner[mark]].calls:
+            continue  # the name of a call stands in its result's header too (harmony)
         if mark in owner:
+            seen.add(mark)
             by_turn.setdefault(owner[mark], []).append(index)
     turns = []
     for i, indices in by_turn.items():
         first, last = indices[0], indices[-1]
         _check_order(marked[i], [places[n][0] for n in range(first, last + 1)])
         before = places[first - 1][1] if first else 0
-        start = _begin(chat, messages, tools, i, marked[i], places[first], before, text)
+        start = _begin(chat, render, messages, i, marked[i], places[first], before, text)
         mark, place = places[last]
         content_end = _extend_forward(text, place, marked[i].closes.get(mark, ""))
         limit = places[last + 1][1] if last + 1 < len(places) else len(text)
@@ -151,7 +175,9 @@ def _check_order(entry: Marked, found: list[str]) -> None:
         raise NotLocated("the chat template repeats or reorders parts of an assistant turn")
 
 
-def _begin(chat: ChatFormat, messages, tools, i: int, entry: Marked, first: tuple[str, int], low: int, text: str) -> int:
+def _begin(
+    chat: ChatFormat, render, messages, i: int, entry: Marked, first: tuple[str, int], low: int, text: str
+) -> int:
     """Where turn `i` begins: after the generation prompt, else (templates without one) at its first own character."""
     mark, place = first
     if chat.header and (found := text.rfind(chat.header, low, place)) >= 0:
@@ -159,7 +185,7 @@ def _begin(chat: ChatFormat, messages, tools, i: int, entry: Marked, first: tupl
     if mark not in entry.calls:
         return _extend_back(text, place, entry.opens[mark])
     # A call begins where the same conversation with a plain answer in its place would begin to differ.
-    plain = chat.render([*messages[:i], {"role": "assistant", "content": chr(PLANES[0])}], tools)
+    plain = render([*messages[:i], {"role": "assistant", "content": chr(PLANES[0])}])
     start = len(os.path.commonprefix([text, plain]))
     if not low <= start <= place:
         raise NotLocated("the beginning of a tool call cannot be located in the chat template's rendering")
