@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from finetune import data, launch, model
+from finetune import data, model
 from finetune.backend import engine as backend_engine
 from finetune.backend.deepspeed import parameter_elements
 from finetune.backend.kernels import optimizer_name
@@ -19,7 +19,7 @@ from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
 from finetune.recipe import Loaded
 from finetune.schedule import Schedule, warmup_steps_of
-from finetune.windows import BatchPlan, Window, deal, derive_batch, epoch_rows, planned_windows, windows
+from finetune.windows import BatchPlan, Window, deal, epoch_rows, plan_batch, planned_windows, windows
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Job:
 
     def collate(self, source: TokenRows, rows: tuple[int, ...]) -> dict[str, Tensor]:
         """One micro-batch (rows, tokens) of these rows of a source; an empty one for no rows."""
-        return data.collate([source.row(i) for i in rows], self.plan.tokenizer.pad_token_id)
+        padding = model.padding_id(self.plan.tokenizer, self.plan.facts.vocabulary)
+        return data.collate([source.row(i) for i in rows], padding)
 
 
 def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> Plan:
@@ -85,11 +86,8 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
 
     Raises UserError.
     """
-    steps, max_grad_norm = launch.merge_knobs(loaded, strategy)
-    training = loaded.recipe.training
-    batch = derive_batch(
-        training.global_batch_size, training.per_device_train_batch_size, steps, strategy.ranks, loaded.where
-    )
+    model.check_strategy(loaded, strategy)
+    batch, max_grad_norm = plan_batch(loaded, strategy)
     facts = model.facts(loaded)
     tokenizer = model.load_tokenizer(loaded)
     prepared = data.prepare(loaded, tokenizer, say)

@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune import launch, recipe
 from finetune.errors import FinetuneError
 from finetune.exits import STATUS_FILE
-from finetune.windows import derive_batch
+from finetune.windows import plan_batch
 
 
 class LaunchedRunFailed(FinetuneError):
@@ -36,9 +36,7 @@ def launch_train(recipe_path: str, overrides: Sequence[str], launch_file: str | 
     """Check recipe and launch file, then launch the trainer and wait. Raises FinetuneError with its status."""
     loaded = recipe.load(recipe_path, overrides)
     strategy = launch.read(launch_file) if launch_file else launch.one_process()
-    steps, _ = launch.merge_knobs(loaded, strategy)
-    training = loaded.recipe.training
-    derive_batch(training.global_batch_size, training.per_device_train_batch_size, steps, strategy.ranks, loaded.where)
+    plan_batch(loaded, strategy)
     trainer = str(Path(__file__).resolve().parent / "train.py")
     if launch_file is None:
         command = [sys.executable, trainer, recipe_path, *overrides]
