@@ -76,7 +76,7 @@ def _second_stage(settled: Settled) -> dict[str, Any]:
         report["planned_steps"] = make_schedule(loaded, settled.batch, len(samples[0].train)).planned_steps
     return {
         "model": dataclasses.asdict(model),
-        "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer), "pad_token": tokenizer.pad_token},
+        "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer)},
         "data": report,
     }
 
@@ -110,7 +110,7 @@ def _summary(recipe_path: str, settled: Settled, found: dict, launch_file: str |
     kind = "QLoRA" if settings.model.load_in_4bit else "LoRA" if settings.lora else "full fine-tuning"
     lines = {
         "model": f"{settings.model.name_or_path} ({model['architecture']}, {model['vocabulary']:,} token ids), {kind}",
-        "tokenizer": f"{found['tokenizer']['class']}, padded with {found['tokenizer']['pad_token']}",
+        "tokenizer": f"{found['tokenizer']['class']}, {found['tokenizer']['entries']:,} entries",
         "data": f"{rows}, {data['trained_tokens']:,} of {data['tokens']:,} tokens trained, longest row"
         f" {data['longest_row_tokens']:,} tokens{''.join(f', {note}' for note in notes)}",
         "batch": settled.batch.line() + (f"; {data['planned_steps']:,} steps" if "planned_steps" in data else ""),

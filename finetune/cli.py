@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from finetune.exits import guarded, is_launched, run_rank
+from finetune.exits import guarded, is_launched
 
 app = typer.Typer(
     add_completion=False,
@@ -32,6 +32,8 @@ def train(
     if is_launched():
         if launch is not None:
             sys.exit(guarded(lambda: _raise(UserError("--launch: this process is already one rank of a launch. Drop it."))))
+        from finetune.run import run_rank
+
         run_rank([recipe, *(overrides or [])])
     from finetune.launching import launch_train
 
@@ -68,8 +70,8 @@ def generate(
     def body() -> None:
         from finetune.generate import answers
 
-        for text in answers(model, prompt, max_new_tokens, temperature, seed):
-            print(text, flush=True)
+        for asked, answer in zip(prompt, answers(model, prompt, max_new_tokens, temperature, seed)):
+            print(f"> {asked}\n{answer}\n" if len(prompt) > 1 else answer, flush=True)
 
     sys.exit(guarded(body))
 

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
-
-if TYPE_CHECKING:  # recipe and launch import this table
-    from finetune.launch import Strategy
-    from finetune.recipe import Loaded
-    from finetune.recipe_fields import Recipe
+from finetune.launch import NO_LOSS_SCALER, Strategy
+from finetune.recipe import Loaded
+from finetune.recipe_fields import Recipe
+from finetune.recipe_rules import RECIPE_ROWS, value_of
 
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 FLASH = ("flash_attention_2", "flash_attention_3")
-NO_LOSS_SCALER = "fp16 needs a loss scaler, which does not run on the CPU"
 
 
 @dataclass(frozen=True)
@@ -33,26 +30,6 @@ class Row:
     instead: str
 
 
-@dataclass(frozen=True)
-class RecipeRow:
-    """A combination of two parts of one recipe that no launch file mends."""
-
-    recipe: str
-    key: str
-    holds: Callable[[Recipe], bool]
-    reason: str
-    instead: str
-
-
-RECIPE_ROWS = (
-    RecipeRow(
-        recipe="model.load_in_4bit: true without a lora section",
-        key="model.load_in_4bit",
-        holds=lambda recipe: recipe.model.load_in_4bit and recipe.lora is None,
-        reason="4-bit weights cannot be trained",
-        instead="add a lora section (QLoRA), or leave load_in_4bit out",
-    ),
-)
 ROWS = (
     Row(
         recipe="model.load_in_4bit: true (QLoRA)",
@@ -127,26 +104,14 @@ def check(loaded: Loaded, strategy: Strategy) -> None:
         raise UserError(problems)
 
 
-def recipe_refusals(recipe: Recipe) -> list[tuple[str, str]]:
-    """(dotted key, sentence) for what a recipe alone gets wrong between two of its own values."""
-    rows = [row for row in RECIPE_ROWS if row.holds(recipe)]
-    return [(row.key, f"{row.key} is {_value(recipe, row.key)}, but {row.reason}: {row.instead}.") for row in rows]
-
-
 def _sentence(row: Row, loaded: Loaded, strategy: Strategy) -> str:
     if row.key is None:
         return f"{strategy.source}: {row.launch}: {row.reason}. {row.instead.capitalize()}."
-    value = _value(loaded.recipe, row.key)
+    value = value_of(loaded.recipe, row.key)
     return (
         f"{loaded.where(row.key)}: {row.key} is {value}, which does not go with {row.launch} ({strategy.source}):"
         f" {row.reason}. {row.instead[0].upper()}{row.instead[1:]}."
     )
-
-
-def _value(recipe: Recipe, key: str) -> str:
-    section, _, name = key.partition(".")
-    value = getattr(getattr(recipe, section), name)
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def table() -> str:

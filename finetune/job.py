@@ -78,7 +78,8 @@ class Job:
 
     def collate(self, source: TokenRows, rows: tuple[int, ...]) -> dict[str, Tensor]:
         """One micro-batch (rows, tokens) of these rows of a source; an empty one for no rows."""
-        return data.collate([source.row(i) for i in rows], self.plan.tokenizer.pad_token_id)
+        padding = model.padding_id(self.plan.tokenizer, self.plan.facts.vocabulary)
+        return data.collate([source.row(i) for i in rows], padding)
 
 
 def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> Plan:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.compatibility import NO_LOSS_SCALER
 from finetune.errors import UserError
 from finetune.launch_args import default_config_file, is_launcher, requested, uses_default_config
 from finetune.launch_file import DISTRIBUTED, PRECISIONS, LaunchFile, check_keys, check_ranks, offload
@@ -89,6 +88,7 @@ def read(path: str | os.PathLike[str]) -> Strategy:
     )
 
 
+NO_LOSS_SCALER = "fp16 needs a loss scaler, which does not run on the CPU"
 _NO_SCALER = f"{NO_LOSS_SCALER}. Use bf16, or 'no' with quotes."
 
 

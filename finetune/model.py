@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from finetune.backend.kernels import optional_packages, plain_4bit_layers
 from finetune.errors import UserError
 from finetune.launch import Strategy
 from finetune.recipe import Loaded
@@ -25,27 +29,37 @@ class ModelFacts:
 
 
 def facts(loaded: Loaded) -> ModelFacts:
-    """Read the model's config. Raises UserError (with the recipe's line) when there is none to read."""
+    """Read the model's config. Raises UserError (with the recipe's line) when there is none to read, or none to train."""
     from transformers import AutoConfig
 
     section = loaded.recipe.model
     try:
-        config = AutoConfig.from_pretrained(section.name_or_path, **_source(loaded))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        with optional_packages():
+            config = AutoConfig.from_pretrained(section.name_or_path, **_source(loaded))
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(_not_loadable(loaded, "config.json", error)) from error
+    where = loaded.where("model.name_or_path")
+    if getattr(config, "quantization_config", None) and loaded.recipe.lora is None:
+        raise UserError(f"{where}: the weights of {section.name_or_path} are quantised and cannot be trained themselves."
+                        " Add a lora section, or use the model they were made from.")  # fmt: skip
+    dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    dtype = dtype if section.dtype == "auto" else section.dtype
+    if dtype not in DTYPES:
+        raise UserError(f"{where}: the weights of {section.name_or_path} are {dtype}; set model.dtype to one of"
+                        f" {', '.join(DTYPES)}.")  # fmt: skip
     text = config.get_text_config()
-    checkpoint_dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return ModelFacts(
         architecture=(config.architectures or [type(config).__name__])[0],
         vocabulary=text.vocab_size,
         max_positions=getattr(text, "max_position_embeddings", None),
-        export_dtype=checkpoint_dtype if section.dtype == "auto" else section.dtype,
+        export_dtype=dtype,
     )
 
 
 def _source(loaded: Loaded) -> dict:
     """What every from_pretrained call of a recipe says besides the name."""
     section = loaded.recipe.model
+    # false said outright: left open, transformers asks on the terminal whether it may run the model's own code
     return {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
 
 
@@ -55,13 +69,20 @@ def load_tokenizer(loaded: Loaded):
 
     section = loaded.recipe.model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(section.name_or_path, **_source(loaded))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        with optional_packages():
+            tokenizer = AutoTokenizer.from_pretrained(section.name_or_path, **_source(loaded))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(_not_loadable(loaded, "tokenizer", error)) from error
-    if tokenizer.pad_token_id is None:
-        # only used to fill rows up; what is trained is decided by position, so eos may serve
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def padding_id(tokenizer, vocabulary: int) -> int:
+    """The token id that fills rows up. What is trained is decided by position, so any id of the embedding serves.
+
+    The tokenizer itself stays as it is: exported with eos as its pad token it would mislead the next trainer.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in ids if i is not None and i < vocabulary), 0)
 
 
 def _not_loadable(loaded: Loaded, what: str, error: Exception) -> str:
@@ -89,27 +110,48 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
 
     Full fine-tuning trains float32 weights; with LoRA the frozen base stays in model.dtype and the adapters are float32.
     Under ZeRO-3 each rank holds its shard only (zero.Init through transformers, set up by the engine before).
-    Raises UserError when the weights cannot be read.
+    Raises UserError when the weights cannot be read, or the recipe asks for what this model does not have.
     """
-    from transformers import AutoModelForCausalLM
-
     section, lora = loaded.recipe.model, loaded.recipe.lora
-    options = _source(loaded) | {"dtype": torch.float32 if lora is None else DTYPES[model_facts.export_dtype]}
+    options = {"dtype": torch.float32 if lora is None else DTYPES[model_facts.export_dtype]}
     if section.attn_implementation != "auto":
         options["attn_implementation"] = section.attn_implementation
     if section.load_in_4bit:
         options |= {"quantization_config": _nf4(strategy), "device_map": {"": device}}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(section.name_or_path, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(_not_built(loaded, error)) from error
-    model.config.use_cache = False
+    model = _read_weights(loaded, options)
+    plain_4bit_layers(model)
     if lora is not None:
-        model = _add_adapters(model, lora, loaded.recipe.training.seed)
+        model = _add_adapters(model, loaded)
     if loaded.recipe.training.gradient_checkpointing:
-        # non-reentrant: works when the input needs no gradient, as with LoRA's frozen embedding
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            # non-reentrant: works when the input needs no gradient, as with LoRA's frozen embedding
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"{loaded.where('training.gradient_checkpointing')}: training.gradient_checkpointing is true,"
+                            f" but {model_facts.architecture} has none. Set it to false.") from error  # fmt: skip
     model.train()
+    return model
+
+
+def _read_weights(loaded: Loaded, options: dict) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    section = loaded.recipe.model
+    try:
+        with optional_packages():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                section.name_or_path, **_source(loaded), output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(_not_built(loaded, error)) from error
+    # transformers fills what a checkpoint lacks with random numbers and only warns
+    wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if wrong:
+        raise UserError(
+            f"{loaded.where('model.name_or_path')}: the checkpoint {section.name_or_path} lacks {len(wrong)} weights of"
+            f" {type(model).__name__}, or has them in another shape ({', '.join(wrong[:3])}); they would start at random."
+            " Give a complete checkpoint of a causal language model."
+        )
     return model
 
 
@@ -121,18 +163,27 @@ def _nf4(strategy: Strategy):
                               bnb_4bit_compute_dtype=compute)  # fmt: skip
 
 
-def _add_adapters(model: nn.Module, lora, seed: int) -> nn.Module:
+def _add_adapters(model: nn.Module, loaded: Loaded) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)  # the same adapters on every rank and under every engine
-    return get_peft_model(
-        model,
-        LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
-                   task_type="CAUSAL_LM"),  # fmt: skip
-    )
+    lora, revision = loaded.recipe.lora, loaded.recipe.model.revision
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+                        task_type="CAUSAL_LM")  # fmt: skip
+    torch.manual_seed(loaded.recipe.training.seed)  # the same adapters on every rank and under every engine
+    try:
+        return get_peft_model(model, config, revision=None if revision == "main" else revision)
+    except ValueError as error:
+        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise UserError(f"{loaded.where('lora.target_modules')}: lora.target_modules is {lora.target_modules}, but"
+                        f" {type(model).__name__} has no such layers. Its linear layers: {', '.join(linear)}.") from error  # fmt: skip
 
 
-def parameter_counts(model: nn.Module, elements) -> tuple[int, int]:
+def parameter_counts(model: nn.Module, elements: Callable[[nn.Parameter], int]) -> tuple[int, int]:
     """(trained, all) parameters; `elements(parameter)` counts whole parameters also where ZeRO-3 holds shards."""
-    sizes = [(elements(p), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+    trained = total = 0
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None)  # two 4-bit weights lie in one byte
+        count = elements(parameter) if packed is None else math.prod(packed.shape)
+        total += count
+        trained += count if parameter.requires_grad else 0
+    return trained, total

@@ -10,7 +10,7 @@ from finetune import compatibility, launch, recipe
 from finetune.errors import UserError
 from finetune.launch import Strategy
 from finetune.recipe import Loaded
-from finetune.windows import BatchPlan, derive_batch
+from finetune.windows import BatchPlan, plan_batch
 
 T = TypeVar("T")
 
@@ -38,15 +38,10 @@ def first_stage(recipe_path: str, overrides: Sequence[str], launch_file: str | N
 def settle(loaded: Loaded, strategy: Strategy) -> Settled:
     """Check the combination and derive the batch. Raises UserError with every problem."""
     problems = compatibility.refusals(loaded, strategy)
-    knobs = _collect(problems, lambda: launch.merge_knobs(loaded, strategy))
-    if knobs is None:
+    planned = _collect(problems, lambda: plan_batch(loaded, strategy))
+    if problems or planned is None:
         raise UserError(problems)
-    steps, max_grad_norm = knobs
-    training = loaded.recipe.training
-    sizes = (training.global_batch_size, training.per_device_train_batch_size, steps)
-    batch = _collect(problems, lambda: derive_batch(*sizes, strategy.ranks, loaded.where))
-    if problems or batch is None:
-        raise UserError(problems)
+    batch, max_grad_norm = planned
     return Settled(loaded, strategy, batch, max_grad_norm)
 
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from finetune.compatibility import recipe_refusals
 from finetune.recipe_fields import EXCLUSIVE, Recipe, Section
+from finetune.recipe_rules import recipe_refusals
 from finetune.recipe_yaml import KeyPath, dotted, key_path
 from finetune.suggest import closest, suggest, suggest_inside
 

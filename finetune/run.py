@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import launch, recipe
-from finetune.backend.parents import launched_by
+from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import UserError
+from finetune.exits import guarded
 from finetune.launch import Strategy
 from finetune.preflight import settle
 from finetune.recipe import Loaded
@@ -22,11 +23,25 @@ from finetune.recipe import Loaded
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
 
 
+def run_rank(argv: Sequence[str]) -> None:
+    """The trainer process: train the recipe in `argv` and exit with the status that says how it ended. Does not return."""
+
+    def body() -> None:
+        if not argv or argv[0].startswith("-"):
+            raise UserError(f"train.py: expected a recipe first, found {' '.join(argv) or 'nothing'}. Usage: accelerate"
+                            " launch finetune/train.py recipe.yaml [key=value ...]")  # fmt: skip
+        train_in_place(argv[0], list(argv[1:]))
+
+    sys.exit(guarded(body))
+
+
 def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     """Train in this process, one of the ranks of a launch (or alone). Raises FinetuneError for every expected end."""
     loaded = recipe.load(recipe_path, overrides)
-    strategy = launch.from_environment(os.environ, launched_by()[1])
-    settle(loaded, strategy)  # before torch: what cannot work ends here
+    ranks_asked, launch_file = launched_by()
+    strategy = launch.from_environment(os.environ, launch_file)
+    check_ranks_asked_for(strategy, ranks_asked)
+    settle(loaded, strategy)  # for its refusals, before seconds go by with imports
     output_dir = Path(loaded.recipe.output_dir).absolute()
     from finetune.report.console import Console
     from finetune.report.files import RunFiles, folder_state

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from finetune import launch
 from finetune.errors import UserError
+from finetune.launch import Strategy
+from finetune.recipe import Loaded
 
 AUTO = "auto"
 
@@ -43,6 +46,14 @@ class Window:
     index: int
     first_row: int
     rows: tuple[int, ...]
+
+
+def plan_batch(loaded: Loaded, strategy: Strategy) -> tuple[BatchPlan, float]:
+    """Batch arithmetic and max_grad_norm of a recipe under a launch. Raises UserError where they do not fit together."""
+    steps, max_grad_norm = launch.merge_knobs(loaded, strategy)
+    training = loaded.recipe.training
+    global_batch, per_device = training.global_batch_size, training.per_device_train_batch_size
+    return derive_batch(global_batch, per_device, steps, strategy.ranks, loaded.where), max_grad_norm
 
 
 def derive_batch(global_batch: int | str, per_device: int | str, steps: int | str, ranks: int, where=str) -> BatchPlan:

@@ -1,7 +1,7 @@
 # Sourced by quickstart.sh and test.sh: gives the repository an environment with the tested versions.
 #
-#   ensure_environment [EXTRA]   makes .venv when it is missing, installs when setup.cfg or constraints.txt have changed,
-#                                puts .venv/bin on PATH. EXTRA: an optional group of setup.cfg, such as "test".
+#   ensure_environment [EXTRA]   makes .venv when missing, installs when setup.cfg or constraints.txt changed, and puts
+#                                .venv/bin on PATH. EXTRA: an optional group of setup.cfg, such as "test".
 # FINETUNE_VENV names another folder for the environment.
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -18,7 +18,7 @@ find_python() {
             return
         fi
     done
-    fail "No Python 3.10 or newer was found on PATH. Install one, for example: sudo apt-get install python3 python3-venv"
+    fail "No Python 3.10 or newer was found on PATH. On Debian and Ubuntu: sudo apt-get install python3-venv"
 }
 
 make_venv() {
@@ -38,7 +38,7 @@ install_packages() {
     (cd "$REPOSITORY" && "$VENV/bin/python" -m pip install --quiet -e ".${extra:+[$extra]}" -c constraints.txt) ||
         fail "The installation failed; the message above says why. Nothing was run."
     command -v g++ >/dev/null || command -v c++ >/dev/null ||
-        echo "note: no C++ compiler was found. DeepSpeed's CPU offload compiles its optimizer at first use and needs one."
+        echo "note: no C++ compiler found. DeepSpeed's CPU offload needs one: it compiles its optimizer at first use."
     printf '%s\n' "$wanted" >"$stamp"
 }
 
@@ -54,5 +54,6 @@ ensure_environment() {
 
 # Every core this process may use. accelerate would take 1 thread, or ask the hardware, which is wrong in containers.
 use_all_cores() {
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')}"
+    local count='import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())'
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c "$count")}"
 }

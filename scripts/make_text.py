@@ -3,10 +3,10 @@
 
     python scripts/make_text.py [--output recipes/quickstart/data/python_docs.jsonl]
 
-One JSON object per line, {"text": ...}: documents of a few hundred tokens, cut between paragraphs, so that shuffling mixes
-all subjects. Deterministic for one version of Python; the committed file was
-made with Python 3.11 on Linux. A document is either what `help()` says about some members of one module, a module's
-own description, or a section of the language reference that `help("topic")` shows.
+One JSON object per line, {"text": ...}: documents of a few hundred tokens, cut between paragraphs, so
+that shuffling mixes all subjects. Deterministic for one version of Python; the committed file was made with
+Python 3.11 on Linux. A document is either what `help()` says about some members of one module, a module's own
+description, or a section of the language reference that `help("topic")` shows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "recipes" / "quickstart" 
 DOCUMENT_CHARACTERS = 850  # about 220 tokens of the quick start's tokenizer
 SHORTEST_CHARACTERS = 120  # a heading and little else
 MAX_BYTES = 1_500_000
-TO_ASCII = str.maketrans({"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2013": "-", "\u2014": "-", "\u2026": "..."})
+TO_ASCII = str.maketrans(
+    {"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2013": "-", "\u2014": "-", "\u2026": "..."}
+)
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
 
     python scripts/make_tiny_model.py [--output runs/quickstart-base] [--launch accelerate_configs/cpu.yaml] [--seed 42]
 
-The untrained model goes to OUTPUT-init, then this project's own trainer runs recipes/quickstart/pretrain.yaml on it; the
-result lies in OUTPUT/model. Same seed, same machine, same model. Nothing is downloaded. A finished OUTPUT is kept; an
-unfinished one is started again.
+The untrained model goes to OUTPUT-init, then this project's own trainer runs recipes/quickstart/pretrain.yaml on it;
+the result lies in OUTPUT/model. Same seed, same machine, same model. Nothing is downloaded. A finished OUTPUT is kept;
+an unfinished one is started again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TEXT = REPOSITORY / "recipes" / "quickstart" / "data" / "python_docs.jsonl"
 RECIPE = REPOSITORY / "recipes" / "quickstart" / "pretrain.yaml"
 
-# Four different tokens for four different jobs. Padding that is also the end-of-text token teaches a model never to stop.
+# Four tokens for four jobs. Padding that is also the end of text is how models are taught never to stop.
 END_OF_TEXT, PADDING, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY_TOKENS = 4096
 CONTEXT_TOKENS = 1024
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 def main() -> int:
     """Build what is missing; return the trainer's exit status, 0 when the model is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart-base"), help="the trained model's run folder")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart-base"), help="the run's folder")
     parser.add_argument("--launch", type=Path, help="an accelerate_configs file; without it one plain process")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--untrained-only", action="store_true", help="stop after OUTPUT-init")
@@ -71,7 +71,7 @@ def _texts() -> Iterator[str]:
 
 
 def train_tokenizer():
-    """Return a fast byte-level BPE tokenizer of VOCABULARY_TOKENS entries, with a chat template and no automatic tokens."""
+    """Return a fast byte-level BPE tokenizer with VOCABULARY_TOKENS entries and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -17,25 +17,28 @@ from typing import Iterator
 MODULES = """
 abc argparse array asyncio.base_events asyncio.events asyncio.locks asyncio.queues asyncio.runners asyncio.streams
 asyncio.subprocess asyncio.tasks base64 bdb binascii bisect bz2 calendar cmath cmd code codecs codeop collections
-collections.abc colorsys compileall concurrent.futures concurrent.futures.thread configparser contextlib contextvars copy
-copyreg csv ctypes.util curses.ascii dataclasses datetime decimal difflib dis doctest email.charset email.header
-email.headerregistry email.message email.parser email.policy email.utils enum filecmp fileinput fnmatch fractions ftplib
-functools gc getopt getpass gettext glob graphlib gzip hashlib heapq hmac html html.parser http.client http.cookiejar
-http.cookies http.server imaplib importlib.metadata importlib.util inspect io ipaddress itertools json json.decoder
-json.encoder keyword linecache locale logging logging.config logging.handlers lzma mailbox marshal math mimetypes mmap
-multiprocessing.connection multiprocessing.managers multiprocessing.pool multiprocessing.shared_memory netrc numbers operator
-os posixpath pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint profile pstats py_compile pyclbr
-queue quopri random re reprlib rlcompleter runpy sched secrets select selectors shelve shlex shutil signal site
-smtplib socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sys sysconfig tabnanny
-tarfile tempfile textwrap threading time timeit tokenize trace traceback tracemalloc types typing unicodedata
-unittest.case unittest.mock unittest.suite urllib.error urllib.parse urllib.request urllib.robotparser uuid venv warnings
-wave weakref webbrowser wsgiref.handlers wsgiref.headers wsgiref.simple_server wsgiref.util xml.dom.minidom
-xml.etree.ElementTree xml.sax.handler xml.sax.saxutils xml.sax.xmlreader xmlrpc.client xmlrpc.server zipapp zipfile
-zipimport zlib zoneinfo
+collections.abc colorsys compileall concurrent.futures concurrent.futures.thread configparser contextlib contextvars
+copy copyreg csv ctypes.util curses.ascii dataclasses datetime decimal difflib dis doctest email.charset
+email.header email.headerregistry email.message email.parser email.policy email.utils enum filecmp fileinput fnmatch
+fractions ftplib functools gc getopt getpass gettext glob graphlib gzip hashlib heapq hmac html html.parser
+http.client http.cookiejar http.cookies http.server imaplib importlib.metadata importlib.util inspect io ipaddress
+itertools json json.decoder json.encoder keyword linecache locale logging logging.config logging.handlers lzma
+mailbox marshal math mimetypes mmap multiprocessing.connection multiprocessing.managers multiprocessing.pool
+multiprocessing.shared_memory netrc numbers operator os posixpath pathlib pdb pickle pickletools pkgutil platform
+plistlib poplib pprint profile pstats py_compile pyclbr queue quopri random re reprlib rlcompleter runpy sched
+secrets select selectors shelve shlex shutil signal site smtplib socket socketserver sqlite3 ssl stat statistics
+string stringprep struct subprocess symtable sys sysconfig tabnanny tarfile tempfile textwrap threading time timeit
+tokenize trace traceback tracemalloc types typing unicodedata unittest.case unittest.mock unittest.suite
+urllib.error urllib.parse urllib.request urllib.robotparser uuid venv warnings wave weakref webbrowser
+wsgiref.handlers wsgiref.headers wsgiref.simple_server wsgiref.util xml.dom.minidom xml.etree.ElementTree
+xml.sax.handler xml.sax.saxutils xml.sax.xmlreader xmlrpc.client xmlrpc.server zipapp zipfile zipimport zlib
+zoneinfo
 """.split()
 
 # Types whose methods people ask about most; they live in `builtins`, which has no useful module text of its own.
-BUILTIN_TYPES = "bytes bytearray dict float frozenset int list memoryview object property range set slice str tuple type".split()
+BUILTIN_TYPES = """
+bytes bytearray dict float frozenset int list memoryview object property range set slice str tuple type
+""".split()
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def modules() -> list[ModuleType]:
 
 
 def clean(doc: str | None) -> str:
-    """The docstring as plain ASCII paragraphs without doctest sessions' prompts gone wrong, addresses or trailing blanks."""
+    """The docstring as paragraphs without trailing blanks; "" when it holds more than ASCII, or an object's address."""
     text = inspect.cleandoc(doc or "")
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines()))
     return text.strip() if text.isascii() and " at 0x" not in text else ""
@@ -150,7 +153,12 @@ def _signature(value: object, kind: str) -> tuple[str, tuple[Argument, ...]]:
     empty = inspect.Parameter.empty
     starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     arguments = tuple(
-        Argument(p.name, p.default is not empty, p.kind is p.KEYWORD_ONLY, "" if p.default is empty else repr(p.default))
+        Argument(
+            name=p.name,
+            optional=p.default is not empty,
+            keyword_only=p.kind is p.KEYWORD_ONLY,
+            default="" if p.default is empty else repr(p.default),
+        )
         for p in plain
         if p.kind not in starred
     )

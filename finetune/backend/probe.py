@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from finetune.backend.parents import launched_by
+from finetune.backend.parents import HOW_TO_START_RANKS
 from finetune.errors import UserError
 from finetune.launch import Strategy
 
@@ -55,6 +55,8 @@ def prepare_libraries(use_cpu: bool = False) -> None:
     # deprecations inside torch, accelerate, transformers and DeepSpeed calling each other
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # peft imports bitsandbytes whether or not it is used, which then asks for a CPU inference kernel that we never run
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -63,29 +65,27 @@ def prepare_libraries(use_cpu: bool = False) -> None:
 
 
 def check_world(strategy: Strategy, accelerate_ranks: int) -> None:
-    """Ranks asked for, seen by accelerate and seen by torch must agree. Raises UserError with advice."""
-    asked, _ = launched_by()
+    """Ranks of the launch, seen by accelerate and seen by torch must agree. Raises UserError with advice."""
     torch_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if asked in (None, accelerate_ranks) and accelerate_ranks == torch_ranks == strategy.ranks:
-        return
-    asked_text = "nothing was said about processes" if asked is None else f"{asked} were asked for"
-    raise UserError(
-        f"launch: the number of processes does not agree: {asked_text}, accelerate sees {accelerate_ranks}, torch sees"
-        f" {torch_ranks}. `accelerate launch --cpu` starts one process whatever --num_processes says; for two ranks on"
-        " the CPU use --config_file accelerate_configs/cpu_2_ranks.yaml, or `python -m torch.distributed.run"
-        " --nproc_per_node 2`. For GPUs use accelerate_configs/multi_gpu.yaml."
-    )
+    if not accelerate_ranks == torch_ranks == strategy.ranks:
+        raise UserError(
+            f"launch: {strategy.ranks} processes were started, accelerate sees {accelerate_ranks}, torch sees {torch_ranks}."
+            f" {HOW_TO_START_RANKS}"
+        )
 
 
 def stale_compile_locks(root: Path | None = None) -> list[Path]:
     """Lock files of torch's extension builder that no living process of this host holds open.
 
-    The builder waits for `<root>/*/<op>/lock` to vanish, for ever and without a word. A live owner keeps the file open
-    (torch.utils.file_baton), so an owner that was killed is known for certain.
+    The builder waits for the lock of an op (`<op>/lock`, below a folder per Python version unless TORCH_EXTENSIONS_DIR is
+    set) to vanish, for ever and without a word. A live owner keeps the file open (torch.utils.file_baton), so an owner that
+    was killed is known for certain.
     """
-    root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
     locks = {p.resolve() for pattern in ("*/lock", "*/*/lock") for p in root.glob(pattern)}
-    return sorted(locks - _open_files()) if locks else []
+    held = _open_files() if locks else set()
+    return sorted(lock for lock in locks - held if lock.exists())  # else its owner was just done with it
 
 
 def _open_files() -> set[Path]:
@@ -104,5 +104,5 @@ def check_compile_locks() -> None:
     if stale:
         raise UserError(
             "DeepSpeed: a build of its C++ ops was killed and left a lock behind; every later start would wait for it"
-            " for ever. No process holds it. Remove it and start again:\n  rm " + " ".join(map(str, stale))
+            " for ever. No process of this machine holds it. Remove it and start again:\n  rm " + " ".join(map(str, stale))
         )
