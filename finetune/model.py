@@ -103,6 +103,8 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
         model = AutoModelForCausalLM.from_pretrained(section.name_or_path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_not_built(loaded, error)) from error
+    if model.get_input_embeddings().num_embeddings < model_facts.vocabulary:
+        grow_embedding(model, model_facts.vocabulary)
     model.config.use_cache = False
     if lora is not None:
         model = _add_adapters(model, lora, loaded.recipe.training.seed)
@@ -111,6 +113,42 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model
+
+
+def needed_vocabulary(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, tokenizer, max_token_id: int) -> int:
+    """Rows the embedding must have for the data's token ids, up to `max_token_id`, and for the padding.
+
+    A pad token outside the embedding gives way to one inside: padding is masked by length, whatever its id. Ids of the
+    data outside it make the embedding grow. Raises UserError where that would not be trained or cannot be done.
+    """
+    rows = model_facts.vocabulary
+    if max_token_id < rows:
+        if tokenizer.pad_token_id >= rows:
+            eos = tokenizer.eos_token_id
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(eos if eos is not None and eos < rows else 0)
+        return rows
+    found = (
+        f"{loaded.where('model.name_or_path')}: the tokenizer gives token id {max_token_id}"
+        f" ({tokenizer.convert_ids_to_tokens(max_token_id)!r}), but the model's embedding ends at {rows - 1}"
+    )
+    if loaded.recipe.lora is not None:
+        raise UserError(f"{found}, and with a lora section new rows would stay untrained. Use the tokenizer the model was"
+                        " trained with, or full fine-tuning, which lets the embedding grow.")  # fmt: skip
+    if strategy.zero_stage == 3:
+        raise UserError(f"{found}, and under ZeRO-3 it cannot grow. Use the tokenizer the model was trained with, ZeRO-2, or"
+                        " a copy of the model whose embedding has been resized.")  # fmt: skip
+    return max(max_token_id, tokenizer.pad_token_id, *tokenizer.get_vocab().values()) + 1
+
+
+def grow_embedding(model: nn.Module, rows: int) -> None:
+    """Give the embedding and the output head `rows` rows, in place. New rows are the mean of the old; ties are kept."""
+    before = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(rows, mean_resizing=False)  # its own mean adds noise that would differ between ranks
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for weight in (getattr(module, "weight", None), getattr(module, "bias", None)):
+                if weight is not None and len(weight) == rows:
+                    weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
 
 
 def _nf4(strategy: Strategy):
