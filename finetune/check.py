@@ -68,7 +68,7 @@ def _second_stage(settled: Settled) -> dict[str, Any]:
     tokenizer = load_tokenizer(loaded)
     samples, whole = _samples(loaded, tokenizer)
     for data in samples:
-        check_rows(loaded, model, data)
+        model = check_rows(loaded, settled.strategy, model, tokenizer, data)
     counted = ("rows", "tokens", "trained_tokens", "truncated", "dropped")
     report: dict[str, Any] = {key: sum(data.summary[key] for data in samples) for key in counted}
     report |= {"longest_row_tokens": max(int(data.train.lengths.max()) for data in samples), "whole": whole}

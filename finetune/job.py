@@ -93,24 +93,26 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
     facts = model.facts(loaded)
     tokenizer = model.load_tokenizer(loaded)
     prepared = data.prepare(loaded, tokenizer, say)
-    check_rows(loaded, facts, prepared)
+    facts = check_rows(loaded, strategy, facts, tokenizer, prepared)
     schedule = make_schedule(loaded, batch, len(prepared.train))
     return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule)
 
 
-def check_rows(loaded: Loaded, facts: model.ModelFacts, prepared: PreparedData) -> None:
-    """Raises UserError where the rows hold tokens or positions that the model does not have."""
-    if prepared.summary["max_token_id"] >= facts.vocabulary:
-        raise UserError(
-            f"{loaded.where('model.name_or_path')}: the tokenizer gives token id {prepared.summary['max_token_id']}, but"
-            f" the model's embedding ends at {facts.vocabulary - 1}. Use the tokenizer the model was trained with."
-        )
+def check_rows(
+    loaded: Loaded, strategy: Strategy, facts: model.ModelFacts, tokenizer, prepared: PreparedData
+) -> model.ModelFacts:
+    """The facts of the model that takes these rows: its vocabulary grows where their tokens need it.
+
+    Raises UserError where the rows hold tokens or positions that the model cannot have.
+    """
+    vocabulary = model.needed_vocabulary(loaded, strategy, facts, tokenizer, prepared.summary["max_token_id"])
     longest = max(int(rows.lengths.max()) for rows in (prepared.train, prepared.evaluation) if rows is not None)
     if facts.max_positions is not None and longest > facts.max_positions:
         raise UserError(
             f"{loaded.where('data.max_length')}: data.max_length lets rows of {longest} tokens through, but the model has"
             f" {facts.max_positions} positions. Use max_length {facts.max_positions} or less."
         )
+    return replace(facts, vocabulary=vocabulary)
 
 
 def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:

@@ -120,6 +120,8 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
         options |= {"quantization_config": _nf4(strategy), "device_map": {"": device}}
     model = _read_weights(loaded, options)
     plain_4bit_layers(model)
+    if model.get_input_embeddings().num_embeddings < model_facts.vocabulary:
+        grow_embedding(model, model_facts.vocabulary)
     if lora is not None:
         model = _add_adapters(model, loaded)
     if loaded.recipe.training.gradient_checkpointing:
@@ -153,6 +155,38 @@ def _read_weights(loaded: Loaded, options: dict) -> nn.Module:
             " Give a complete checkpoint of a causal language model."
         )
     return model
+
+
+def needed_vocabulary(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, tokenizer, max_token_id: int) -> int:
+    """Rows the embedding must have for the data's token ids, up to `max_token_id`: ids outside make it grow.
+
+    Raises UserError where new rows would not be trained, or it cannot grow. Padding never needs it: `padding_id`.
+    """
+    rows = model_facts.vocabulary
+    if max_token_id < rows:
+        return rows
+    found = (
+        f"{loaded.where('model.name_or_path')}: the tokenizer gives token id {max_token_id}"
+        f" ({tokenizer.convert_ids_to_tokens(max_token_id)!r}), but the model's embedding ends at {rows - 1}"
+    )
+    if loaded.recipe.lora is not None:
+        raise UserError(f"{found}, and with a lora section new rows would stay untrained. Use the tokenizer the model was"
+                        " trained with, or full fine-tuning, which lets the embedding grow.")  # fmt: skip
+    if strategy.zero_stage == 3:
+        raise UserError(f"{found}, and under ZeRO-3 it cannot grow. Use the tokenizer the model was trained with, ZeRO-2, or"
+                        " a copy of the model whose embedding has been resized.")  # fmt: skip
+    return max(max_token_id, *tokenizer.get_vocab().values()) + 1
+
+
+def grow_embedding(model: nn.Module, rows: int) -> None:
+    """Give the embedding and the output head `rows` rows, in place. New rows are the mean of the old; ties are kept."""
+    before = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(rows, mean_resizing=False)  # its own mean adds noise that would differ between ranks
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for weight in (getattr(module, "weight", None), getattr(module, "bias", None)):
+                if weight is not None and len(weight) == rows:
+                    weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
 
 
 def _nf4(strategy: Strategy):
