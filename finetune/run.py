@@ -199,7 +199,8 @@ def _describe(console, job, output_dir: Path) -> None:
     kind = "QLoRA" if settings.model.load_in_4bit else "LoRA" if settings.lora else "full fine-tuning"
     length = f"{plan.schedule.planned_steps} steps"
     if plan.schedule.total_rows is not None:
-        length += f" ({settings.training.num_train_epochs:g} epochs of {len(job.train_rows)} rows)"
+        epochs = settings.training.num_train_epochs
+        length += f" ({epochs:g} epoch{'s' if epochs != 1 else ''} of {len(job.train_rows):,} rows)"
     console.facts({
         "model": f"{settings.model.name_or_path} ({plan.facts.architecture}, {described['parameters']:,} parameters)",
         "training": f"{kind}, {described['trained_parameters']:,} parameters trained ({share:.1%}), {described['optimizer']}",
@@ -207,7 +208,7 @@ def _describe(console, job, output_dir: Path) -> None:
         + (f", {len(job.evaluation_rows):,} rows held out" if job.evaluation_rows else ""),
         "batch": plan.batch.line(),
         "schedule": f"{length}, {settings.training.lr_scheduler_type} from {plan.schedule.peak:g}"
-        f" after {plan.schedule.warmup_steps} warm-up steps, gradients clipped at {plan.max_grad_norm:g}",
+        f" after {plan.schedule.warmup_steps} steps of warm-up, gradients clipped at {plan.max_grad_norm:g}",
         "runs on": f"{device_name()}: {describe_strategy(plan.strategy)}",
         "output": str(output_dir),
     })  # fmt: skip

@@ -9,6 +9,7 @@ window has: the flag `last` ends it.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -196,14 +197,15 @@ def start(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max
     if not has_accelerator() and strategy.engine != "single":
         # without it each DeepSpeed rank on a CPU believes it is alone; in a plain single process it crashes
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    accelerator = Accelerator(
-        # with two CPU ranks and without it, accelerate 1.15 counts two processes and wraps nothing; DeepSpeed is dropped by it
-        cpu=True if strategy.engine != "deepspeed" and not has_accelerator() else None,
-        mixed_precision=strategy.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=configured, sync_with_dataloader=False),
-        deepspeed_plugin=plugin,
-        kwargs_handlers=handlers,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that its op was built, on every rank
+        accelerator = Accelerator(
+            # with two CPU ranks and without it, accelerate 1.15 counts two processes and wraps nothing; DeepSpeed is dropped by it
+            cpu=True if strategy.engine != "deepspeed" and not has_accelerator() else None,
+            mixed_precision=strategy.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=configured, sync_with_dataloader=False),
+            deepspeed_plugin=plugin,
+            kwargs_handlers=handlers,
+        )
     check_world(strategy, accelerator.num_processes)
     if strategy.ranks > 1 and accelerator.distributed_type == DistributedType.NO:
         raise UserError(f"launch: accelerate {accelerate.__version__} started {strategy.ranks} ranks that would train alone"
