@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -48,8 +49,12 @@ def merge_adapter(folder: Path, output: Path, dtype: str = "auto") -> str:
         again = trained.load(trained.find(str(written)), cpu, torch.float32)
         figures.append(relative(logits(again), wanted))
         if not figures[0] <= TOLERANCES[dtype]:
-            raise BrokenExport(f"export: the merged model's logits are {figures[0]:.1e} off the adapter's (relative L2),"
-                               f" more than the {TOLERANCES[dtype]:g} allowed for {dtype}; {output} was not written.")  # fmt: skip
+            shutil.rmtree(written)
+            raise BrokenExport(
+                f"export: the merged model's logits are {figures[0]:.1e} off the adapter's (relative L2), more than the"
+                f" {TOLERANCES[dtype]:g} allowed for {dtype}; {output} was not written."
+                + ("" if dtype == "float32" else " Try --dtype float32.")
+            )
 
     output.parent.mkdir(parents=True, exist_ok=True)
     write_model(_state(model), model, tokenizer, output, dtype, compare)
