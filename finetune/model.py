@@ -87,6 +87,11 @@ def padding_id(tokenizer, vocabulary: int) -> int:
 
 def _not_loadable(loaded: Loaded, what: str, error: Exception) -> str:
     name = loaded.recipe.model.name_or_path
+    if "trust_remote_code" in str(error) and not loaded.recipe.model.trust_remote_code:
+        return (
+            f"{loaded.where('model.name_or_path')}: model.name_or_path is {name}, which brings Python code of its own. Read"
+            " that code, and if you trust its author set model.trust_remote_code: true."
+        )
     return (
         f"{loaded.where('model.name_or_path')}: model.name_or_path is {name}, but its {what} cannot be loaded:"
         f" {str(error).splitlines()[0]} Give a folder written by save_pretrained, or the id of a model on the Hugging"
