@@ -58,6 +58,23 @@ def check(
 
 
 @app.command()
+def data(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="sample rows to print")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
+    """Show rows as the model sees them, trained tokens in colour, and what would make training wrong."""
+
+    def body() -> None:
+        from finetune.inspect_data import inspect
+
+        inspect(recipe, overrides or [], rows, as_json)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="a trained folder (output_dir/model), an adapter, or a hub id")],
     prompt: Annotated[list[str], typer.Argument(help="what the user says; several prompts give several answers")],
