@@ -14,6 +14,7 @@ from finetune import launch, recipe
 from finetune.errors import UserError
 from finetune.recipe import Loaded
 
+_STREAMED_ROWS = 2000
 _MANY_DUPLICATES, _MANY_TRUNCATED, _FEW_ENDS, _FEW_TRAINED = 0.05, 0.1, 0.9, 0.02
 
 
@@ -55,6 +56,9 @@ def examine(loaded: Loaded, samples: int) -> dict:
 
     facts, tokenizer = model.facts(loaded), model.load_tokenizer(loaded)
     said: list[str] = []
+    if loaded.recipe.data.streaming:
+        loaded = loaded.sample(_STREAMED_ROWS)
+        said.append(f"data: the stream is read as a sample of its first {_STREAMED_ROWS:,} rows")
     prepared, problems = data.tokenise(loaded, tokenizer, said.append)
     notes = [line.removeprefix("data: ") for line in said if " is read as " in line]
     document = {
