@@ -25,7 +25,9 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def stream(tmp_path, train, *overrides, extra=""):
-    return data.open_stream(load_recipe(tmp_path, train, *STREAM, *overrides, extra=extra), TOKENIZER, lambda line: None)
+    return data.open_stream(
+        load_recipe(tmp_path, train, *STREAM, *overrides, extra=extra), TOKENIZER, lambda line: None
+    )
 
 
 def texts(rows, count: int, first: int = 0) -> list[str]:
@@ -68,7 +70,10 @@ def test_earlier_rows_can_be_asked_for_again(tmp_path, monkeypatch):
 
 
 def test_sources_are_mixed_by_their_weights(tmp_path):
-    files = [write_jsonl(tmp_path / f"{name}.jsonl", [chat_row(f"{name}{i}", "Fine") for i in range(n)]) for name, n in (("a", 7), ("b", 90))]
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [chat_row(f"{name}{i}", "Fine") for i in range(n)])
+        for name, n in (("a", 7), ("b", 90))
+    ]
     names = users(stream(tmp_path, files, "data.train[0].weight=3").train, 80)
     assert Counter(name[0] for name in names) == {"a": 60, "b": 20}
     assert all(Counter(name[0] for name in names[i : i + 4]) == {"a": 3, "b": 1} for i in range(0, 80, 4))
@@ -103,7 +108,9 @@ def test_what_does_not_go_with_streaming_is_refused_at_once(tmp_path):
     loaded = load_recipe(tmp_path, file, "data.streaming=true", "data.eval_fraction=0.1", "data.max_rows=3")
     with pytest.raises(UserError) as caught:
         data.open_stream(loaded, TOKENIZER, print)
-    assert [word in message for word, message in zip(("max_steps", "data.eval", "data.max_rows"), caught.value.messages)] == [True] * 3
+    assert [
+        word in message for word, message in zip(("max_steps", "data.eval", "data.max_rows"), caught.value.messages)
+    ] == [True] * 3
 
 
 @pytest.mark.parametrize("name", test_data_bad_files.CASES)
@@ -126,7 +133,9 @@ def test_rows_that_cannot_be_trained_on_end_the_run_above_the_share(tmp_path):
     silent = {"messages": [{"role": "user", "content": "c"}]}
     file = write_jsonl(tmp_path / "a.jsonl", [chat_row(f"a{i}", "b") for i in range(300)] + [silent] * 300)
     rows = stream(tmp_path, file, "data.max_dropped_fraction=0.2").train
-    with pytest.raises(UserError, match=r"rows of a.jsonl cannot be trained on, at most 20% .*it has no assistant turn"):
+    with pytest.raises(
+        UserError, match=r"rows of a.jsonl cannot be trained on, at most 20% .*it has no assistant turn"
+    ):
         texts(rows, 500)
     rows = stream(tmp_path, file, "data.max_dropped_fraction=0.9").train
     assert len(set(islice(users(rows, 300), 300))) == 300

@@ -54,8 +54,8 @@ def open_sources(loaded: Loaded, part: str) -> list[Source]:
                             " every row once. Leave weight out.")  # fmt: skip
         for ours in section.columns:
             if ours not in COLUMNS:
-                raise UserError(f"{loaded.where(f'{key}.columns')}: {key}.columns names '{ours}', which is none of ours:"
-                                f" {', '.join(COLUMNS)}. Write {{ours: theirs}}.")  # fmt: skip
+                raise UserError(f"{loaded.where(f'{key}.columns')}: {key}.columns names '{ours}', which is none"
+                                f" of ours: {', '.join(COLUMNS)}. Write {{ours: theirs}}.")  # fmt: skip
         streaming = loaded.recipe.data.streaming and part == "train"
         sources.append(open_source(section, f"{loaded.where(f'{key}.path')}: data.{part}", streaming))
     return sources
@@ -64,12 +64,15 @@ def open_sources(loaded: Loaded, part: str) -> list[Source]:
 def open_source(section: SourceSection, setting: str, streaming: bool = False) -> Source:
     """Open local files (an absolute path) or a hub data set and recognise its format from the first row's columns.
 
-    Reading yields rows in file order; with `streaming` those of a hub data set are fetched as they are read. Raises UserError, here or while reading, with file and line of what is wrong.
+    Reading yields rows in file order; with `streaming` those of a hub data set are fetched as they are read.
+    Raises UserError, here or while reading, with file and line of what is wrong.
     """
     path = section.path
     if os.path.isabs(path):
         if section.subset is not None:
-            raise UserError(f"{setting}: subset is '{section.subset}', but {path} is local. Subsets are of hub data sets.")
+            raise UserError(
+                f"{setting}: subset is '{section.subset}', but {path} is local. Subsets are of hub data sets."
+            )
         files = expand(Path(path), section.split, setting)
         name = Path(path).name + (f" [{section.split}]" if section.split != "train" else "")
         content, records = content_hash(files), partial(read_files, files)

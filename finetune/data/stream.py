@@ -97,7 +97,7 @@ def _check_settings(loaded: Loaded) -> None:
 
 
 def _read_through(source: Source, say: Callable[[str], None]) -> None:
-    """Read a local source to its end once, whatever node or rank comes first, so that a bad row is met before training."""
+    """Read a local source to its end once, on whichever rank comes first: a bad row is met before training."""
     if not source.local:
         return
 
