@@ -1,4 +1,4 @@
-"""`finetune data recipe.yaml`: the rows as the model will see them, their figures, and what would make training wrong."""
+"""`finetune data recipe.yaml`: rows as the model will see them, their figures, what would make training wrong."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from finetune import launch, recipe
 from finetune.errors import UserError
 from finetune.recipe import Loaded
 
+_STREAMED_ROWS = 2000
 _MANY_DUPLICATES, _MANY_TRUNCATED, _FEW_ENDS, _FEW_TRAINED = 0.05, 0.1, 0.9, 0.02
 
 
@@ -55,6 +56,9 @@ def examine(loaded: Loaded, samples: int) -> dict:
 
     facts, tokenizer = model.facts(loaded), model.load_tokenizer(loaded)
     said: list[str] = []
+    if loaded.recipe.data.streaming:
+        loaded = loaded.sample(_STREAMED_ROWS)
+        said.append(f"data: the stream is read as a sample of its first {_STREAMED_ROWS:,} rows")
     prepared, problems = data.tokenise(loaded, tokenizer, said.append)
     notes = [line.removeprefix("data: ") for line in said if " is read as " in line]
     document = {
@@ -92,7 +96,7 @@ def examine(loaded: Loaded, samples: int) -> dict:
 
 
 def figures(summary: dict, rows, bos: int | None) -> tuple[dict, list[bytes], dict[int, int]]:
-    """Figures of one split: counts from its summary, `duplicates`, `double_bos` and `only_ends` (rows), `lengths` (tokens).
+    """Figures of one split: counts from its summary, `duplicates`, `double_bos`, `only_ends` (rows), `lengths` (tokens).
 
     Also the content keys of its rows, and how often each token id is the last trained one of a row.
     """
@@ -107,7 +111,11 @@ def figures(summary: dict, rows, bos: int | None) -> tuple[dict, list[bytes], di
         last_tokens[last] = last_tokens.get(last, 0) + 1
     counted = ("source_rows", "rows", "tokens", "trained_tokens", "turns", "ends", "truncated", "dropped", "reasons")
     result = {name: summary[name] for name in counted}
-    result |= {"duplicates": len(keys) - len(set(keys)), "double_bos": int(double_bos), "only_ends": int((rows.trained <= 1).sum())}
+    result |= {
+        "duplicates": len(keys) - len(set(keys)),
+        "double_bos": int(double_bos),
+        "only_ends": int((rows.trained <= 1).sum()),
+    }
     return result | {"lengths": _lengths(rows.lengths)}, keys, last_tokens
 
 
@@ -162,7 +170,8 @@ def _double_bos(loaded: Loaded, tokenizer, document: dict) -> list[str]:
         return []
     return [
         f"{loaded.where('model.name_or_path')}: {rows} of {document['train']['rows']} rows begin with two"
-        f" {tokenizer.bos_token}: the template writes it twice, or the data hold it already. Take it out of the data or of the chat template."
+        f" {tokenizer.bos_token}: the template writes it twice, or the data hold it already. Take it out of"
+        " the data or of the chat template."
     ]
 
 

@@ -13,14 +13,14 @@ from finetune.backend import engine as backend_engine
 from finetune.backend.deepspeed import parameter_elements
 from finetune.backend.kernels import optimizer_name
 from finetune.backend.probe import has_accelerator
-from finetune.data import PreparedData, TokenRows
+from finetune.data import PreparedData, StreamRows, TokenRows
 from finetune.errors import UserError
 from finetune.launch import Strategy
 from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
 from finetune.recipe import Loaded
 from finetune.schedule import Schedule, warmup_steps_of
-from finetune.windows import BatchPlan, Window, deal, epoch_rows, planned_windows, windows
+from finetune.windows import BatchPlan, Window, deal, epoch_rows, planned_windows, stream_windows, windows
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Job:
         return self.plan.loaded.recipe.training.seed
 
     @property
-    def train_rows(self) -> TokenRows:
+    def train_rows(self) -> TokenRows | StreamRows:
         return self.plan.data.train
 
     @property
@@ -67,16 +67,24 @@ class Job:
 
     def windows(self) -> Iterator[Window]:
         """Every window of the run, endless when max_steps ends it."""
+        if self.plan.loaded.recipe.data.streaming:
+            return stream_windows(self.batch.global_batch_rows)
         training = self.plan.loaded.recipe.training
         epochs = math.inf if training.max_steps is not None else training.num_train_epochs
         return windows(len(self.train_rows), self.batch.global_batch_rows, self.seed, epochs)
+
+    def epoch_after(self, window: Window) -> float:
+        """Passes over the training rows when `window` is done; 0 for a stream, whose length nobody knows."""
+        if self.plan.loaded.recipe.data.streaming:
+            return 0.0
+        return window.epoch + (window.first_row + len(window.rows)) / len(self.train_rows)
 
     def micro_batches(self, window: Window) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of a window, on the host; equally many on every rank, some perhaps empty."""
         share = deal(window.rows, self.engine.ranks, self.batch.per_device_rows)[self.engine.rank]
         return [self.collate(self.train_rows, rows) for rows in share]
 
-    def collate(self, source: TokenRows, rows: tuple[int, ...]) -> dict[str, Tensor]:
+    def collate(self, source: TokenRows | StreamRows, rows: tuple[int, ...]) -> dict[str, Tensor]:
         """One micro-batch (rows, tokens) of these rows of a source; an empty one for no rows."""
         padding = model.padding_id(self.plan.tokenizer, self.plan.facts.vocabulary)
         return data.collate([source.row(i) for i in rows], padding)
@@ -92,9 +100,10 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
     batch, max_grad_norm = settled.batch, settled.max_grad_norm
     facts = model.facts(loaded)
     tokenizer = model.load_tokenizer(loaded)
-    prepared = data.prepare(loaded, tokenizer, say)
+    prepared = (data.open_stream if loaded.recipe.data.streaming else data.prepare)(loaded, tokenizer, say)
     facts = check_rows(loaded, strategy, facts, tokenizer, prepared)
-    schedule = make_schedule(loaded, batch, len(prepared.train))
+    rows = 0 if loaded.recipe.data.streaming else len(prepared.train)  # a stream has max_steps
+    schedule = make_schedule(loaded, batch, rows)
     return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule)
 
 

@@ -68,7 +68,7 @@ def train_window(job: Job, window: Window, step: int, applied_rows: int) -> Step
     return StepResult(
         step=step + engine.applied,
         window=window.index + 1,
-        epoch=window.epoch + (window.first_row + len(window.rows)) / len(job.train_rows),
+        epoch=job.epoch_after(window),
         loss=loss,
         grad_norm=engine.grad_norm(),
         learning_rate=learning_rate,

@@ -123,6 +123,9 @@ class DataSection(Section):
     always trained whole."""
     max_rows: PositiveInt | None = None
     """Use at most this many training rows: the first of all sources in order, before weights and eval_fraction."""
+    streaming: bool = False
+    """Tokenise rows while training instead of before, for data that do not fit on a disk. Needs training.max_steps; the
+    sources' weights are then their shares of the rows."""
     max_dropped_fraction: float = Field(0.1, ge=0, le=1)
     """An error when more than this share of rows cannot be trained on (no trained token, refused by the template)."""
 

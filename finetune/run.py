@@ -204,7 +204,11 @@ def _describe(console, job, output_dir: Path) -> None:
     console.facts({
         "model": f"{settings.model.name_or_path} ({plan.facts.architecture}, {described['parameters']:,} parameters)",
         "training": f"{kind}, {described['trained_parameters']:,} parameters trained ({share:.1%}), {described['optimizer']}",
-        "data": f"{len(job.train_rows):,} rows, {data['trained_tokens']:,} of {data['tokens']:,} tokens trained"
+        "data": (
+            f"streamed, {data['trained_tokens'] / data['tokens']:.0%} of the first rows' tokens trained"
+            if settings.data.streaming
+            else f"{len(job.train_rows):,} rows, {data['trained_tokens']:,} of {data['tokens']:,} tokens trained"
+        )
         + (f", {len(job.evaluation_rows):,} rows held out" if job.evaluation_rows else ""),
         "batch": plan.batch.line(),
         "schedule": f"{length}, {settings.training.lr_scheduler_type} from {plan.schedule.peak:g}"

@@ -7,6 +7,7 @@ that order, so ranks and micro-batches only slice it: 1 rank x K=8, 2 x 4 and 8 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -129,6 +130,12 @@ def windows(rows: int, batch_rows: int, seed: int, epochs: float = math.inf) -> 
             yield Window(epoch, index, first, tuple(order[first : first + batch_rows].tolist()))
             index += 1
         epoch += 1
+
+
+def stream_windows(batch_rows: int) -> Iterator[Window]:
+    """Every window of a stream, endless: rows are numbered by their place in the stream, which is in training order."""
+    for index, first in enumerate(itertools.count(0, batch_rows)):
+        yield Window(0, index, first, tuple(range(first, first + batch_rows)))
 
 
 def planned_windows(rows: int, batch_rows: int, epochs: float) -> int:

@@ -195,7 +195,13 @@ FAMILIES = {
         f"<｜begin▁of▁sentence｜>{_DEEPSEEK_TALK}",
         f"<｜begin▁of▁sentence｜>Be kind.{_DEEPSEEK_TALK}",
         bos="<｜begin▁of▁sentence｜>",
-        added=("<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁end｜>"),
+        added=(
+            "<｜User｜>",
+            "<｜Assistant｜>",
+            "<｜tool▁calls▁begin｜>",
+            "<｜tool▁calls▁end｜>",
+            "<｜tool▁call▁end｜>",
+        ),
     ),
     "glm-4": Family(
         published.GLM4,

@@ -60,7 +60,14 @@ PLAIN = r"""{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{
 
 
 def make_tokenizer(
-    template: str | None = CHATML, bos=None, eos="</s>", pad="<pad>", add_bos=False, rstrip=(), special=SPECIAL, added=()
+    template: str | None = CHATML,
+    bos=None,
+    eos="</s>",
+    pad="<pad>",
+    add_bos=False,
+    rstrip=(),
+    special=SPECIAL,
+    added=(),
 ):
     """A byte-level BPE of some 400 entries. `add_bos` makes it put BOS before plain text, as Llama's does; tokens in
     `rstrip` swallow the white space after them, as Phi-3's do; `added` are known words, but not special."""

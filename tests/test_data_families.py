@@ -18,6 +18,7 @@ from finetune.data.encode import Dropped, encode_chat
 from finetune.data.formats import SourceRow
 from finetune.data.messages import as_messages, as_tools
 
+
 def tokenizer_of(family: Family):
     return make_tokenizer(
         family.template, family.bos, family.eos, family.eos, special=family.special.split(), added=family.added,
@@ -41,7 +42,9 @@ def check(tokenizer, encoded, expected: str) -> None:
     )
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     assert encoded.input_ids.tolist() == tokens["input_ids"]
-    inside = [any(a <= start and end <= b for a, b in zip(marks[::2], marks[1::2])) for start, end in tokens["offset_mapping"]]
+    inside = [
+        any(a <= start and end <= b for a, b in zip(marks[::2], marks[1::2])) for start, end in tokens["offset_mapping"]
+    ]
     assert encoded.trained.tolist() == inside
     assert encoded.turns == encoded.ends == len(marks) // 2
 
@@ -57,7 +60,11 @@ def test_several_turns(name):
 def test_only_the_last_answer(name):
     family = FAMILIES[name]
     tokenizer = tokenizer_of(family)
-    check(tokenizer, encode(tokenizer, TALK, loss_on="completion"), re.sub("⟦(.*?)⟧", r"\1", family.talk, count=1, flags=re.S))
+    check(
+        tokenizer,
+        encode(tokenizer, TALK, loss_on="completion"),
+        re.sub("⟦(.*?)⟧", r"\1", family.talk, count=1, flags=re.S),
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -109,7 +116,11 @@ def test_thinking_is_trained_where_the_template_shows_it():
     head = "<|im_start|>user\nTwo plus two?<|im_end|>\n<|im_start|>assistant\n"
     shown = "⟦<think>\nTwo and two.\n</think>\n\nIt is four.<|im_end|>⟧\n"
     check(qwen, encode(qwen, [TOOL_TALK[0], thought]), head + shown)
-    check(qwen, encode(qwen, [TOOL_TALK[0], thought, TOOL_TALK[0], thought]), f"{head}⟦It is four.<|im_end|>⟧\n{head}{shown}")
+    check(
+        qwen,
+        encode(qwen, [TOOL_TALK[0], thought, TOOL_TALK[0], thought]),
+        f"{head}⟦It is four.<|im_end|>⟧\n{head}{shown}",
+    )
     in_content = {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\nIt is four."}
     check(qwen, encode(qwen, [TOOL_TALK[0], in_content]), head + shown)
     harmony = tokenizer_of(FAMILIES["gpt-oss"])
@@ -148,6 +159,8 @@ def test_sharegpt_function_calls_are_calls():
 
 
 def test_calls_written_as_python_are_refused():
-    template = published.CHATML.replace("+ message['content'] +", "+ (message.tool_calls | string if message.tool_calls else message['content']) +")
+    template = published.CHATML.replace(
+        "+ message['content'] +", "+ (message.tool_calls | string if message.tool_calls else message['content']) +"
+    )
     encoded = encode(make_tokenizer(template, eos="<|im_end|>"), TOOL_TALK)
     assert isinstance(encoded, Dropped) and "Python, not as JSON" in encoded.reason

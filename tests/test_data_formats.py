@@ -46,14 +46,23 @@ MESSAGES = chat_row("Hello", "Fine")["messages"]
 RECOGNISED = {
     "messages": ({"messages": MESSAGES}, PAIR),
     "messages with a system column": ({"messages": MESSAGES, "system": "Be kind."}, SYSTEM_PAIR),
-    "messages with parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}, MESSAGES[1]]}, PAIR),
+    "messages with parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}, MESSAGES[1]]},
+        PAIR,
+    ),
     "sharegpt": ({"conversations": TURNS, "id": "x"}, PAIR),
     "sharegpt with system": ({"conversations": TURNS, "system": "Be kind.", "tools": "[]"}, SYSTEM_PAIR),
     "sharegpt keys in messages": ({"messages": TURNS}, PAIR),
     "alpaca": ({"instruction": "Hello", "input": "", "output": "Fine"}, PAIR),
     "alpaca with input": ({"instruction": "He", "input": "llo", "output": "Fine"}, ASKED.format("He\nllo", "Fine")),
-    "alpaca with system, null input": ({"instruction": "Hello", "input": None, "output": "Fine", "system": "Be kind."}, SYSTEM_PAIR),
-    "alpaca with history": ({"instruction": "b", "output": "c", "history": [["Hello", "Fine"]]}, PAIR + ASKED.format("b", "c")),
+    "alpaca with system, null input": (
+        {"instruction": "Hello", "input": None, "output": "Fine", "system": "Be kind."},
+        SYSTEM_PAIR,
+    ),
+    "alpaca with history": (
+        {"instruction": "b", "output": "c", "history": [["Hello", "Fine"]]},
+        PAIR + ASKED.format("b", "c"),
+    ),
     "dolly": ({"instruction": "He", "context": "llo", "response": "Fine"}, ASKED.format("He\nllo", "Fine")),
     "prompt and completion": ({"prompt": "Hello", "completion": "Fine"}, PAIR),
     "prompt and response": ({"prompt": "Hello", "response": "Fine"}, PAIR),
@@ -82,7 +91,9 @@ def test_a_format_can_be_named_and_columns_mapped(tmp_path):
         prepare(tmp_path, file, "data.train[0].format=alpaca")
     with pytest.raises(UserError, match=r"a.jsonl:1: `columns` maps prompt to `asked`, but the columns are"):
         prepare(tmp_path, file, "data.train[0].columns={prompt: asked}")
-    with pytest.raises(UserError, match=r"command line: data.train\[0\].columns names 'question', which is none of ours"):
+    with pytest.raises(
+        UserError, match=r"command line: data.train\[0\].columns names 'question', which is none of ours"
+    ):
         prepare(tmp_path, file, "data.train[0].columns={question: prompt}")
 
 
@@ -100,7 +111,9 @@ def test_a_source_can_bring_a_system_prompt_for_rows_without_one(tmp_path):
 
 def test_prompt_and_completion_need_no_chat_template(tmp_path):
     tokenizer = make_tokenizer(None, bos="<s>", add_bos=True)
-    prepared = prepare(tmp_path, write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Hello", "completion": " there "}]), tokenizer=tokenizer)
+    prepared = prepare(
+        tmp_path, write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Hello", "completion": " there "}]), tokenizer=tokenizer
+    )
     assert texts(prepared.train, tokenizer) == ["<s>Hello there </s>"]
     assert trained_texts(tokenizer, prepared.train.row(0)) == [" there </s>"]
 
@@ -125,7 +138,7 @@ def write_kind(file: Path, rows: list[dict]) -> Path:
 
 @pytest.mark.parametrize("name", "a.jsonl a.json a.csv a.tsv a.parquet a.jsonl.gz a.json.gz a.csv.gz A.JSONL".split())
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    rows = [{"instruction": f"Say\n\"{i}\", please", "input": "", "output": f"é {i}"} for i in range(5)]
+    rows = [{"instruction": f'Say\n"{i}", please', "input": "", "output": f"é {i}"} for i in range(5)]
     prepared = prepare(tmp_path, write_kind(tmp_path / name, rows))
     assert texts(prepared.train) == [ASKED.format(row["instruction"], row["output"]) for row in rows]
 
@@ -152,7 +165,9 @@ def test_a_folder_is_its_files_by_name_and_splits_are_kept_apart(tmp_path):
 
 
 def test_weights_repeat_and_halve_sources_by_the_seed_alone(tmp_path):
-    files = [write_jsonl(tmp_path / f"{name}.jsonl", [chat_row(f"{name}{i}", "Fine") for i in range(10)]) for name in "ab"]
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [chat_row(f"{name}{i}", "Fine") for i in range(10)]) for name in "ab"
+    ]
 
     def counts(*overrides):
         prepared = prepare(tmp_path, files, "data.train[0].weight=2.3", "data.train[1].weight=0.5", *overrides)
@@ -193,9 +208,17 @@ def test_many_rows_in_processes_are_those_of_one(tmp_path, monkeypatch):
     for cores in (3, 1):
         monkeypatch.setattr("finetune.data.parallel.usable_cores", lambda: cores)  # noqa: B023
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / f"cache{cores}"))
-        prepared = prepare(tmp_path, [chat, text], "data.max_length=64", "data.eval_fraction=0.1", "data.max_dropped_fraction=0.5")
+        prepared = prepare(
+            tmp_path, [chat, text], "data.max_length=64", "data.eval_fraction=0.1", "data.max_dropped_fraction=0.5"
+        )
         entry = Path(prepared.summary["cache_folder"])
-        found.append([np.load(entry / side / f"{name}.npy").tolist() for side in ("train", "evaluation") for name in ("tokens", "mask", "ends")])
+        found.append(
+            [
+                np.load(entry / side / f"{name}.npy").tolist()
+                for side in ("train", "evaluation")
+                for name in ("tokens", "mask", "ends")
+            ]
+        )
     assert found[0] == found[1]
 
 
@@ -213,14 +236,23 @@ REAL = {
 def test_the_real_demo_sets_load_without_options_and_train(tmp_path, name):
     source = Path(os.environ["FINETUNE_REAL_DATA"]) / name
     qwen = FAMILIES["qwen2.5"]
-    tokenizer = make_tokenizer(qwen.template, eos=qwen.eos, pad="<|endoftext|>", special=qwen.special.split(), added=qwen.added)
+    tokenizer = make_tokenizer(
+        qwen.template, eos=qwen.eos, pad="<|endoftext|>", special=qwen.special.split(), added=qwen.added
+    )
     base = tiny_model(tmp_path / "base")
     tokenizer.save_pretrained(base)
     text = f"model: {{name_or_path: {base}}}\ndata: {{train: [{{path: {source}}}]}}\noutput_dir: {tmp_path / 'run'}\n"
     (tmp_path / "recipe.yaml").write_text(text)
-    short = ("data.max_length=128", "training.max_steps=2", "training.global_batch_size=4", "training.per_device_train_batch_size=2")
+    short = (
+        "data.max_length=128",
+        "training.max_steps=2",
+        "training.global_batch_size=4",
+        "training.per_device_train_batch_size=2",
+    )
     # with the model's 256 positions most rows of a byte-level vocabulary this small are cut
-    plan = job.prepare_plan(recipe.load(tmp_path / "recipe.yaml", (*short, "data.max_dropped_fraction=1")), launch.one_process(), print)
+    plan = job.prepare_plan(
+        recipe.load(tmp_path / "recipe.yaml", (*short, "data.max_dropped_fraction=1")), launch.one_process(), print
+    )
     running = job.assemble(plan, print)
     results = list(loop.train(running))
     assert [result.applied for result in results] == [True, True]

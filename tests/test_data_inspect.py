@@ -16,9 +16,7 @@ from finetune.report.data_view import show
 RUNNER = CliRunner()
 SILENT = [{"messages": [{"role": "user", "content": "c"}]}]
 # Documented in finetune.inspect_data.examine and docs/data.md: scripts read them.
-KEYS = set(
-    "ok problems warnings notes recipe loss_on max_length sources train evaluation samples cache".split()
-)
+KEYS = set("ok problems warnings notes recipe loss_on max_length sources train evaluation samples cache".split())
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +37,13 @@ def test_the_document_has_its_keys_and_the_rows_as_the_model_sees_them(tmp_path)
     document, _ = document_of(recipe, "--rows", "2", "data.eval=[{path: chat.jsonl}]")
     assert set(document) == KEYS and document["ok"] and document["problems"] == []
     train = document["train"]
-    assert (train["rows"], train["duplicates"], train["truncated"], train["double_bos"], train["only_ends"]) == (4, 1, 1, 0, 0)
+    assert (train["rows"], train["duplicates"], train["truncated"], train["double_bos"], train["only_ends"]) == (
+        4,
+        1,
+        1,
+        0,
+        0,
+    )
     assert (train["turns"], train["ends"]) == (4, 3) and document["evaluation"]["also_in_train"] == 4
     lengths = train["lengths"]
     assert sum(rows for _, _, rows in lengths["histogram"]) == 4 and lengths["histogram"][-1][1] == lengths["max"] == 64

@@ -1,4 +1,4 @@
-"""Tokens the model or the tokenizer lacks: the embedding grows, padding gives way, templates without an end are refused."""
+"""Tokens the model or the tokenizer lacks: the embedding grows, padding gives way, or it is refused."""
 
 from __future__ import annotations
 

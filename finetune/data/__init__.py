@@ -3,5 +3,6 @@
 from finetune.data.collate import collate
 from finetune.data.prepare import PreparedData, prepare, tokenise
 from finetune.data.store import Row, TokenRows
+from finetune.data.stream import StreamRows, open_stream
 
-__all__ = ["PreparedData", "Row", "TokenRows", "collate", "prepare", "tokenise"]
+__all__ = ["PreparedData", "Row", "StreamRows", "TokenRows", "collate", "open_stream", "prepare", "tokenise"]

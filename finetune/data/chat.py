@@ -118,6 +118,10 @@ def _with_fixed_date(template: str) -> str:
     dates = ", ".join(f"{form!r}: {_TEMPLATE_DATE.strftime(form)!r}" for form in sorted(formats))
     default = _TEMPLATE_DATE.strftime("%Y-%m-%d")
     return (
-        "{%- macro strftime_now(format) -%}{{- {" + dates + "}.get(format, " + repr(default) + ") -}}{%- endmacro -%}"
+        "{%- macro strftime_now(format) -%}{{- {"
+        + dates
+        + "}.get(format, "
+        + repr(default)
+        + ") -}}{%- endmacro -%}"
         + template
     )

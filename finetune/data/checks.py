@@ -34,7 +34,7 @@ def chat_formats(loaded: Loaded, tokenizer, sources: Sequence[Source]) -> dict[s
         if tag:
             raise UserError(
                 f"{model}: its chat template ends every turn with {tag}, which its tokenizer does not have as one token:"
-                " the trained model could not stop. Use the tokenizer the template was written for, or add the token."
+                " the trained model could not stop. Use the tokenizer the template was written for."
             )
     if of_kind.keys() & {"chat", "pair"} and loss_on != "all" and not tokenizer.is_fast:
         raise UserError(
@@ -79,8 +79,8 @@ def count_problems(loaded: Loaded, summary: Mapping) -> list[str]:
             problems.append(f"{setting} leaves no rows: {why}.")
         elif part["turns"] and not part["ends"]:
             problems.append(
-                f"{setting}: the end of the turn is trained in none of {part['turns']} assistant turns, so the model would"
-                " never learn to stop: the template writes no end-of-turn token, or data.max_length cuts every row."
+                f"{setting}: the end of the turn is trained in none of {part['turns']} assistant turns, so the model"
+                " would never learn to stop: the template writes no end-of-turn token, or data.max_length cuts every row."
             )
     return problems
 

@@ -122,9 +122,14 @@ def encode_text(tokenizer, rows: Iterable[SourceRow], block_tokens: int) -> Iter
     The last sample may be shorter; one of a single token is left out, for it trains nothing. Documents begin with what
     the tokenizer puts there (BOS, or nothing). A document without characters other than white space is dropped.
     """
+    return join_blocks(map_batches(partial(document_batch, tokenizer, text_prefix(tokenizer)), rows), block_tokens)
+
+
+def join_blocks(documents: Iterable[np.ndarray | Dropped], block_tokens: int) -> Iterator[Encoded | Dropped]:
+    """Token ids of documents, joined and cut into blocks."""
     held: list[np.ndarray] = []
     held_tokens = 0
-    for document in map_batches(partial(document_batch, tokenizer, text_prefix(tokenizer)), rows):
+    for document in documents:
         if isinstance(document, Dropped):
             yield document
             continue

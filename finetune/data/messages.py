@@ -86,7 +86,9 @@ def _calls(what: str, value: object, role: str) -> list[dict]:
         if isinstance(arguments, str):
             arguments = _parsed(f"{what}: `arguments` of {function['name']}", arguments)
         if not isinstance(arguments, dict):
-            raise UserError(f"{what}: `arguments` of {function['name']} must be an object, found {kind_name(arguments)}.")
+            raise UserError(
+                f"{what}: `arguments` of {function['name']} must be an object, found {kind_name(arguments)}."
+            )
         _check_deep(what, [function["name"], arguments])
         result = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         calls.append(result | ({"id": call["id"]} if isinstance(call.get("id"), str) else {}))
@@ -140,7 +142,9 @@ def _check_deep(what: str, value: object) -> None:
 
 
 def _found(value: object) -> str:
-    return (", ".join(f"`{key}`" for key in list(value)[:12]) or "none") if isinstance(value, dict) else kind_name(value)
+    return (
+        (", ".join(f"`{key}`" for key in list(value)[:12]) or "none") if isinstance(value, dict) else kind_name(value)
+    )
 
 
 def kind_name(value: object) -> str:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from finetune.data.chat import ChatFormat
 from finetune.data.checks import chat_formats, count_problems, describe
 from finetune.data.encode import Dropped, Encoded, encode_chat, encode_text
-from finetune.data.sources import Source, first_rows, open_sources
 from finetune.data.formats import SourceRow
+from finetune.data.sources import Source, first_rows, open_sources
 from finetune.data.store import RowWriter, TokenRows, get_or_build, read_summary
 from finetune.errors import UserError
 from finetune.recipe import Loaded
@@ -217,7 +217,8 @@ def _write(folder: Path, encode, sources: Sequence[Source], rows: _Rows) -> dict
         **counts,
         "reasons": reasons,
         "sources": [
-            {"name": source.name, "format": source.shape.format, "rows": of_source[i]} for i, source in enumerate(sources)
+            {"name": source.name, "format": source.shape.format, "rows": of_source[i]}
+            for i, source in enumerate(sources)
         ],
         "max_token_id": writer.max_token_id,
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from finetune.data.files import Record, content_hash, expand, read_files
@@ -20,7 +22,7 @@ class Source:
     """One entry of data.train or data.eval, opened.
 
     `setting` names it in the recipe (`recipe.yaml:9: data.train`), `identity` changes with its content and with how it
-    is read, `read()` starts over from its first row.
+    is read, `local` is whether its rows lie here, `read()` starts over from its first row.
     """
 
     name: str
@@ -28,7 +30,12 @@ class Source:
     shape: Shape
     identity: str
     weight: float
+    local: bool
     read: Callable[[], Iterator[SourceRow]]
+
+    def key(self) -> str:
+        """The identity as a file name."""
+        return hashlib.sha256(self.identity.encode()).hexdigest()[:32]
 
     @property
     def kind(self) -> str:
@@ -47,35 +54,40 @@ def open_sources(loaded: Loaded, part: str) -> list[Source]:
                             " every row once. Leave weight out.")  # fmt: skip
         for ours in section.columns:
             if ours not in COLUMNS:
-                raise UserError(f"{loaded.where(f'{key}.columns')}: {key}.columns names '{ours}', which is none of ours:"
-                                f" {', '.join(COLUMNS)}. Write {{ours: theirs}}.")  # fmt: skip
-        sources.append(open_source(section, f"{loaded.where(f'{key}.path')}: data.{part}"))
+                raise UserError(f"{loaded.where(f'{key}.columns')}: {key}.columns names '{ours}', which is none"
+                                f" of ours: {', '.join(COLUMNS)}. Write {{ours: theirs}}.")  # fmt: skip
+        streaming = loaded.recipe.data.streaming and part == "train"
+        sources.append(open_source(section, f"{loaded.where(f'{key}.path')}: data.{part}", streaming))
     return sources
 
 
-def open_source(section: SourceSection, setting: str) -> Source:
+def open_source(section: SourceSection, setting: str, streaming: bool = False) -> Source:
     """Open local files (an absolute path) or a hub data set and recognise its format from the first row's columns.
 
-    Reading yields rows in file order. Raises UserError, here or while reading, with file and line of what is wrong.
+    Reading yields rows in file order; with `streaming` those of a hub data set are fetched as they are read.
+    Raises UserError, here or while reading, with file and line of what is wrong.
     """
     path = section.path
     if os.path.isabs(path):
         if section.subset is not None:
-            raise UserError(f"{setting}: subset is '{section.subset}', but {path} is local. Subsets are of hub data sets.")
+            raise UserError(
+                f"{setting}: subset is '{section.subset}', but {path} is local. Subsets are of hub data sets."
+            )
         files = expand(Path(path), section.split, setting)
         name = Path(path).name + (f" [{section.split}]" if section.split != "train" else "")
         content, records = content_hash(files), partial(read_files, files)
     else:
-        dataset = _hub_dataset(section, setting)
+        dataset = _hub_dataset(section, setting, streaming)
         name = f"{path} [{section.split}]"
-        content, records = str(dataset._fingerprint), partial(_hub_rows, dataset, name)
+        records = partial(_hub_rows, dataset, name)
+        content = _first_rows_hash(records) if streaming else str(dataset._fingerprint)
     first = next(records(), None)
     if first is None:
         raise UserError(f"{setting}: {path} holds no rows.")
     shape = recognise(*first, section.format, section.columns, section.system)
     how = [content, shape.format, shape.kind, dict(shape.columns), section.system]
     identity = json.dumps(how, sort_keys=True)
-    return Source(name, setting, shape, identity, section.weight, partial(_rows, records, shape))
+    return Source(name, setting, shape, identity, section.weight, os.path.isabs(path), partial(_rows, records, shape))
 
 
 def _rows(records: Callable[[], Iterator[Record]], shape: Shape) -> Iterator[SourceRow]:
@@ -100,13 +112,19 @@ def _hub_rows(dataset, name: str) -> Iterator[Record]:
         yield f"{name} row {number}", record
 
 
-def _hub_dataset(section: SourceSection, setting: str):
+def _first_rows_hash(records: Callable[[], Iterator[Record]]) -> str:
+    # a stream has no fingerprint; what is kept of it (the sample that is checked) is its first rows
+    head = json.dumps([record for _, record in islice(records(), 256)], sort_keys=True, default=str)
+    return hashlib.sha256(head.encode()).hexdigest()
+
+
+def _hub_dataset(section: SourceSection, setting: str, streaming: bool):
     import datasets
 
     if os.environ.get("LOCAL_RANK", "0") != "0":
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(section.path, section.subset, split=section.split)
+        return datasets.load_dataset(section.path, section.subset, split=section.split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-TRAINED, CONTEXT = "green", "bright_black"
+TRAINED, CONTEXT = "green", "dim"
 _STYLES = {  # (trained, special token)
     (True, False): TRAINED,
     (True, True): f"bold {TRAINED}",
@@ -122,7 +122,9 @@ def _histogram(lengths: Mapping) -> Group:
         eighths = round(rows / most * _BAR_COLUMNS * 8)
         eighths = max(eighths, 1) if rows else 0
         bar = "█" * (eighths // 8) + _BLOCKS[eighths % 8].strip()
-        lines.append(Text.assemble(f"  {start:>{widest},} - {end:>{widest},} ", (bar, "blue"), f" {rows:,}" if rows else ""))
+        lines.append(
+            Text.assemble(f"  {start:>{widest},} - {end:>{widest},} ", (bar, "blue"), f" {rows:,}" if rows else "")
+        )
     return Group(*lines)
 
 
