@@ -21,4 +21,6 @@ cd "$REPOSITORY"
 # One thread per process: most tests start two or more processes, and threads that outnumber the cores only wait.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM=false
+# DeepSpeed's compiled ops belong to the environment: two checkouts that share a folder rebuild each other's.
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}"
 exec python -m pytest --durations=20 "${selection[@]}" "${arguments[@]}"

@@ -36,7 +36,7 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"} | extra
 
 
-def run(command: Sequence[str | Path], cwd: Path | None = None, env: dict | None = None, timeout: float = 240):
+def run(command: Sequence[str | Path], cwd: Path | None = None, env: dict | None = None, timeout: float = 600):
     """Run a command to its end; CompletedProcess with text in stdout and stderr. Fails the test after `timeout` seconds."""
     return subprocess.run([str(c) for c in command], cwd=cwd, env=environment(**(env or {})), timeout=timeout,
                           capture_output=True, text=True)  # fmt: skip

@@ -150,5 +150,5 @@ def on_two_machines(folder: Path, arguments: tuple[str, ...], env: dict[str, str
                     list(map(str, command)), cwd=folder, stdout=log, stderr=subprocess.STDOUT,
                     env=environment(**env, PATH=path, GLOO_SOCKET_IFNAME=cable),
                 ))  # fmt: skip
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait(timeout=600) for process in processes]
     assert codes == [0, 0], "\n".join((folder / f"machine{rank}.log").read_text()[-3000:] for rank in (0, 1))

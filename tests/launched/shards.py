@@ -1,6 +1,6 @@
 """Run under a launcher: what one rank holds after the model is loaded. Writes one JSON file per rank.
 
-Arguments: recipe.yaml of a tiny model, recipe.yaml of the model, out-folder.
+Arguments: recipe.yaml, out-folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from finetune import launch, model, recipe
 from finetune.backend import engine as backend
 from finetune.backend.deepspeed import parameter_elements
 from finetune.backend.parents import launched_by
-from finetune.backend.probe import host_peak_bytes, prepare_libraries
+from finetune.backend.probe import prepare_libraries
 
 
 def load(recipe_path: str, strategy, device):
@@ -27,13 +27,11 @@ def load(recipe_path: str, strategy, device):
 
 
 def main() -> None:
-    tiny, recipe_path, out = sys.argv[1:]
+    recipe_path, out = sys.argv[1:]
     torch.set_num_threads(1)
     prepare_libraries()
     strategy = launch.from_environment(os.environ, launched_by()[1])
     engine = backend.start(strategy, 2, 1, 1.0)
-    load(tiny, strategy, engine.device)  # what is imported on the way is no memory of the model
-    before = host_peak_bytes()
     network = load(recipe_path, strategy, engine.device)
     parameters = list(network.parameters())
     found = {
@@ -41,7 +39,6 @@ def main() -> None:
         "all_elements": sum(map(parameter_elements, parameters)),
         "whole_here": sum(p.numel() for p in parameters),
         "shards_here": sum(p.ds_tensor.numel() for p in parameters),
-        "load_peak_bytes": host_peak_bytes() - before,
     }
     (Path(out) / f"{engine.rank}.json").write_text(json.dumps(found))
     engine.wait()
