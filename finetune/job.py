@@ -19,7 +19,7 @@ from finetune.launch import Strategy
 from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
 from finetune.recipe import Loaded
-from finetune.schedule import Schedule, warmup_steps_of
+from finetune.schedule import Schedule, lr_scaling, warmup_steps_of
 from finetune.windows import BatchPlan, Window, deal, epoch_rows, planned_windows, windows
 
 
@@ -124,7 +124,8 @@ def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
         planned = planned_windows(rows, batch.global_batch_rows, training.num_train_epochs)
         total_rows = sum(epoch_rows(rows, training.num_train_epochs))
     warmup = warmup_steps_of(training.warmup_ratio, training.warmup_steps, planned)
-    return Schedule(training.lr_scheduler_type, training.learning_rate, warmup, planned, training.max_steps, total_rows)
+    peak = training.learning_rate * lr_scaling(training).factor(batch.global_batch_rows)
+    return Schedule(training.lr_scheduler_type, peak, warmup, planned, training.max_steps, total_rows)
 
 
 def assemble(plan: Plan, say: Callable[[str], None]) -> Job:

@@ -10,6 +10,7 @@ from finetune import compatibility, launch, recipe
 from finetune.errors import UserError
 from finetune.launch import Strategy
 from finetune.recipe import Loaded
+from finetune.schedule import lr_scaling
 from finetune.windows import BatchPlan, plan_batch
 
 T = TypeVar("T")
@@ -43,6 +44,12 @@ def settle(loaded: Loaded, strategy: Strategy) -> Settled:
         raise UserError(problems)
     batch, max_grad_norm = planned
     return Settled(loaded, strategy, batch, max_grad_norm)
+
+
+def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
+    """The peak learning rate at the full global batch, and how it comes about."""
+    training = loaded.recipe.training
+    return lr_scaling(training).line(training.learning_rate, batch.global_batch_rows)
 
 
 def _collect(problems: list[str], read: Callable[[], T]) -> T | None:

@@ -148,6 +148,10 @@ class TrainingSection(Section):
     """Share of the planned steps over which the learning rate rises from 0. Instead of warmup_steps."""
     warmup_steps: int | None = Field(None, ge=0)
     """Steps over which the learning rate rises from 0. Instead of warmup_ratio."""
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """Multiplies the learning rate with the batch: by the root of global batch / reference_batch_size, or by that itself."""
+    reference_batch_size: PositiveInt | None = None
+    """The global batch, in rows, that learning_rate was chosen for. Required with lr_scaling."""
     optim: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"], BeforeValidator(_ours)] = "adamw"
     """Optimizer; Hugging Face's names are aliases. The backend picks the implementation and prints it."""
     weight_decay: float = Field(0.0, ge=0)

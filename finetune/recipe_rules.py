@@ -27,6 +27,21 @@ RECIPE_ROWS = (
         reason="4-bit weights cannot be trained",
         instead="add a lora section (QLoRA), or leave load_in_4bit out",
     ),
+    RecipeRow(
+        recipe="training.lr_scaling: sqrt or linear without training.reference_batch_size",
+        key="training.lr_scaling",
+        holds=lambda recipe: recipe.training.lr_scaling != "none" and recipe.training.reference_batch_size is None,
+        reason="nothing says which batch the learning rate was chosen for",
+        instead="add training.reference_batch_size, the rows per optimizer step that learning_rate belongs to",
+    ),
+    RecipeRow(
+        recipe="training.reference_batch_size without training.lr_scaling",
+        key="training.reference_batch_size",
+        holds=lambda recipe: recipe.training.reference_batch_size is not None
+        and "lr_scaling" not in recipe.training.model_fields_set,
+        reason="it does nothing without training.lr_scaling",
+        instead="add lr_scaling: sqrt or linear, or leave reference_batch_size out",
+    ),
 )
 
 

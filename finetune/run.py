@@ -17,7 +17,7 @@ from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import UserError
 from finetune.exits import guarded
 from finetune.launch import Strategy
-from finetune.preflight import settle
+from finetune.preflight import learning_rate_line, settle
 from finetune.recipe import Loaded
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
@@ -207,7 +207,7 @@ def _describe(console, job, output_dir: Path) -> None:
         "data": f"{len(job.train_rows):,} rows, {data['trained_tokens']:,} of {data['tokens']:,} tokens trained"
         + (f", {len(job.evaluation_rows):,} rows held out" if job.evaluation_rows else ""),
         "batch": plan.batch.line(),
-        "schedule": f"{length}, {settings.training.lr_scheduler_type} from {plan.schedule.peak:g}"
+        "schedule": f"{length}, {learning_rate_line(plan.loaded, plan.batch)}, {settings.training.lr_scheduler_type}"
         f" after {plan.schedule.warmup_steps} steps of warm-up, gradients clipped at {plan.max_grad_norm:g}",
         "runs on": f"{device_name()}: {describe_strategy(plan.strategy)}",
         "output": str(output_dir),

@@ -5,7 +5,45 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from finetune.recipe import TrainingSection
+
 COSINE_FLOOR = 0.1  # cosine_with_min_lr ends at this share of the peak
+
+
+@dataclass(frozen=True)
+class LrScaling:
+    """How the learning rate follows the global batch: `none`, `sqrt` or `linear` in batch rows / reference rows."""
+
+    rule: str = "none"
+    reference_rows: int | None = None
+
+    def factor(self, batch_rows: int) -> float:
+        """What the recipe's learning rate is multiplied with at a global batch of `batch_rows` rows."""
+        if self.rule == "none":
+            return 1.0
+        ratio = batch_rows / self.reference_rows
+        return math.sqrt(ratio) if self.rule == "sqrt" else ratio
+
+    def line(self, base: float, batch_rows: int) -> str:
+        """The arithmetic for people: `learning rate 2e-4 x sqrt(64/16) = 4e-4`."""
+        if self.rule == "none":
+            return f"learning rate {rate_text(base)}"
+        ratio = f"{batch_rows}/{self.reference_rows}"
+        factor = f"sqrt({ratio})" if self.rule == "sqrt" else ratio
+        return f"learning rate {rate_text(base)} x {factor} = {rate_text(base * self.factor(batch_rows))}"
+
+
+def lr_scaling(training: TrainingSection) -> LrScaling:
+    """The recipe's coupling of learning rate and batch."""
+    return LrScaling(training.lr_scaling, training.reference_batch_size)
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate to four digits, small ones as `4e-4`."""
+    if rate == 0 or 0.01 <= rate < 1000:
+        return f"{rate:.4g}"
+    mantissa, _, exponent = f"{rate:.3e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from finetune.foreign_names import FOREIGN, SAID_IN_WORDS
 # Keys that are planned but do nothing yet; they do not exist until they work.
 LATER = frozenset(
     "data.streaming training.objective "
-    "training.lr_scaling training.reference_batch_size training.pure_bf16 training.deterministic "
+    "training.pure_bf16 training.deterministic "
     "training.device_memory training.global_batch_tokens accumulation checkpoint logging.report_to".split()
 )
 

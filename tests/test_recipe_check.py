@@ -13,6 +13,7 @@ from tiny_models import small_recipe
 
 from finetune.check import check
 from finetune.errors import UserError
+from finetune.preflight import first_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = "model: {name_or_path: org/model}\ntraining: {sede: 1, cutoff_len: 3}\n"
@@ -73,6 +74,30 @@ def test_a_launch_file_changes_the_arithmetic(recipe, capsys):
     assert "x K=2 micro-batches x 8 ranks" in said and "DeepSpeed ZeRO-2, 8 ranks, bf16" in said
     with pytest.raises(UserError, match="does not divide it"):
         check(str(recipe), [], str(ROOT / "accelerate_configs" / "zero2.yaml"))
+
+
+def test_the_learning_rate_is_shown_with_its_scaling(recipe, capsys):
+    check(str(recipe), [], None)
+    assert "  schedule   learning rate 0.01, cosine" in capsys.readouterr().out
+    overrides = ["training.learning_rate=2e-4", "training.lr_scaling=sqrt", "training.reference_batch_size=2"]
+    check(str(recipe), overrides, None)
+    assert "  schedule   learning rate 2e-4 x sqrt(8/2) = 4e-4, cosine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.lr_scaling=sqrt", "command line: training.lr_scaling is sqrt, but nothing says which batch"),
+        ("training.reference_batch_size=4", "training.reference_batch_size is 4, but it does nothing without"),
+    ],
+)
+def test_lr_scaling_and_its_reference_need_each_other(recipe, override, words):
+    with pytest.raises(UserError, match=words):
+        check(str(recipe), [override], None)
+
+
+def test_scaling_is_switched_off_by_its_name_alone(recipe):
+    first_stage(str(recipe), ["training.reference_batch_size=4", "training.lr_scaling=none"], None)
 
 
 @pytest.mark.parametrize(

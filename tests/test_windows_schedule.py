@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.schedule import Schedule, decay, warmup_steps_of
+from finetune.schedule import LrScaling, Schedule, decay, rate_text, warmup_steps_of
 
 SHAPES = ("constant", "linear", "cosine", "cosine_with_min_lr")
 
@@ -76,3 +76,19 @@ def test_learning_rate_stays_in_bounds_rises_then_falls(shape, steps, warmup):
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert math.isclose(max(rates), 1.0) or warmup > steps
+
+
+def test_lr_scaling_by_hand():
+    assert LrScaling().factor(64) == 1.0
+    assert LrScaling("sqrt", 16).factor(64) == 2.0
+    assert LrScaling("linear", 16).factor(64) == 4.0
+    assert LrScaling("sqrt", 64).factor(16) == 0.5
+    assert LrScaling("linear", 64).factor(64) == 1.0
+    assert LrScaling("sqrt", 32).factor(64) == pytest.approx(1.4142135623730951, rel=1e-15)
+
+
+def test_lr_scaling_is_printed_with_its_arithmetic():
+    assert LrScaling("sqrt", 16).line(2e-4, 64) == "learning rate 2e-4 x sqrt(64/16) = 4e-4"
+    assert LrScaling("linear", 16).line(2e-4, 64) == "learning rate 2e-4 x 64/16 = 8e-4"
+    assert LrScaling().line(2e-4, 64) == "learning rate 2e-4"
+    assert [rate_text(rate) for rate in (0.0, 1.0, 0.01, 1.5e-5, 2.8284271e-4)] == ["0", "1", "0.01", "1.5e-5", "2.828e-4"]
