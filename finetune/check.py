@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.preflight import Settled, first_stage, learning_rate_line
+from finetune.preflight import Settled, advice, first_stage, learning_rate_line
 from finetune.recipe import Loaded
 
 if TYPE_CHECKING:
@@ -24,13 +24,15 @@ def check(recipe_path: str, overrides: Sequence[str], launch_file: str | None, a
     """Check recipe, launch file, combination and batch (without torch), then model config, tokenizer and a data sample.
 
     Prints a summary, or with `as_json` one JSON document: `ok`, `problems` and, as far as they were reached, `recipe`,
-    `launch`, `batch`, `model`, `tokenizer`, `data`. Raises UserError with every problem of the first stage that has one.
+    `launch`, `batch`, `warnings`, `model`, `tokenizer`, `data`. Raises UserError with every problem of the first stage that
+    has one.
     """
     found: dict[str, Any] = {"recipe": recipe_path}
     with _stdout_is_stderr() if as_json else contextlib.nullcontext(sys.stdout) as output:
         try:
             settled = first_stage(recipe_path, overrides, launch_file)
             found |= {"launch": dataclasses.asdict(settled.strategy), "batch": dataclasses.asdict(settled.batch)}
+            found["warnings"] = advice(settled.loaded, settled.batch, settled.max_grad_norm)
             found |= _second_stage(settled)
         except UserError as error:
             if as_json:
@@ -118,4 +120,5 @@ def _summary(recipe_path: str, settled: Settled, found: dict, launch_file: str |
         "runs on": runs_on,
         "output": settings.output_dir,
     }
-    return "\n".join([f"{recipe_path} is fine", *(f"  {name:<10} {text}" for name, text in lines.items())])
+    shown = (f"  {name:<10} {text}" for name, text in lines.items())
+    return "\n".join([f"{recipe_path} is fine", *shown, *found["warnings"]])

@@ -14,6 +14,7 @@ from finetune.schedule import lr_scaling
 from finetune.windows import BatchPlan, plan_batch
 
 T = TypeVar("T")
+MANY_MICRO_BATCHES = 16  # K above this without clipping is warned about
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
     """The peak learning rate at the full global batch, and how it comes about."""
     training = loaded.recipe.training
     return lr_scaling(training).line(training.learning_rate, batch.global_batch_rows)
+
+
+def advice(loaded: Loaded, batch: BatchPlan, max_grad_norm: float) -> list[str]:
+    """One line each for what runs as asked but is worth a second thought."""
+    if batch.accumulation_steps <= MANY_MICRO_BATCHES or max_grad_norm > 0:
+        return []
+    key = "training.max_grad_norm"
+    return [
+        f"warning: {loaded.where(key)}: {key} is 0, so nothing clips the gradient of K={batch.accumulation_steps} micro-batches:"
+        " one bad row moves the weights unchecked. Use 1.0 unless you mean it."
+    ]
 
 
 def _collect(problems: list[str], read: Callable[[], T]) -> T | None:

@@ -17,7 +17,7 @@ from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import UserError
 from finetune.exits import guarded
 from finetune.launch import Strategy
-from finetune.preflight import learning_rate_line, settle
+from finetune.preflight import advice, learning_rate_line, settle
 from finetune.recipe import Loaded
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
@@ -60,6 +60,8 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     if strategy.machines > 1 and _already_there(_agreed_state(job, output_dir), output_dir, loaded, console):
         return
     _describe(console, job, output_dir)
+    for line in advice(loaded, plan.batch, plan.max_grad_norm):
+        console.say(line)
     files = RunFiles(output_dir, job.engine.rank == 0, _document(job))
     files.start(loaded.dump())
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,6 +46,22 @@ class Window:
     index: int
     first_row: int
     rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is between two windows: all that the next window and its learning rate depend on."""
+
+    step: int = 0  # applied optimizer steps
+    window: int = 0  # windows taken; more than steps when some were skipped
+    applied_rows: int = 0
+    skipped_in_a_row: int = 0
+
+    def after(self, window: Window, applied: bool) -> Position:
+        """The position behind this window. One that applied nothing has used its rows up, but is no step and no progress."""
+        if not applied:
+            return replace(self, window=window.index + 1, skipped_in_a_row=self.skipped_in_a_row + 1)
+        return Position(self.step + 1, window.index + 1, self.applied_rows + len(window.rows))
 
 
 def plan_batch(loaded: Loaded, strategy: Strategy) -> tuple[BatchPlan, float]:

@@ -13,7 +13,7 @@ from tiny_models import small_recipe
 
 from finetune.check import check
 from finetune.errors import UserError
-from finetune.preflight import first_stage
+from finetune.preflight import advice, first_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = "model: {name_or_path: org/model}\ntraining: {sede: 1, cutoff_len: 3}\n"
@@ -96,6 +96,16 @@ def test_lr_scaling_and_its_reference_need_each_other(recipe, override, words):
         check(str(recipe), [override], None)
 
 
+def test_many_micro_batches_without_clipping_are_warned_about_in_one_line(recipe, capsys):
+    many = ["training.global_batch_size=34", "training.per_device_train_batch_size=2", "training.max_grad_norm=0"]
+    check(str(recipe), many, None)
+    warning = capsys.readouterr().out.splitlines()[-1]
+    assert warning.startswith("warning: command line: training.max_grad_norm is 0, so nothing clips the gradient of K=17 ")
+    for fewer in ("training.global_batch_size=32", "training.max_grad_norm=1.0"):
+        settled = first_stage(str(recipe), [o for o in many if not o.startswith(fewer.split("=")[0])] + [fewer], None)
+        assert advice(settled.loaded, settled.batch, settled.max_grad_norm) == []
+
+
 def test_scaling_is_switched_off_by_its_name_alone(recipe):
     first_stage(str(recipe), ["training.reference_batch_size=4", "training.lr_scaling=none"], None)
 
@@ -131,7 +141,7 @@ def test_json_is_one_document_on_stdout(recipe):
     good = command("check", recipe, "--json")
     document = json.loads(good.stdout)
     assert good.returncode == 0
-    assert set(document) == {"ok", "problems", "recipe", "launch", "batch", "model", "tokenizer", "data"}
+    assert set(document) == {"ok", "problems", "recipe", "launch", "batch", "warnings", "model", "tokenizer", "data"}
     assert document["ok"] and document["data"]["planned_steps"] == 5 and document["launch"]["ranks"] == 1
     bad = command("check", recipe, "training.sede=1", "--json")
     document = json.loads(bad.stdout)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.windows import deal, epoch_rows, planned_windows, row_order, windows
+from finetune.windows import Position, deal, epoch_rows, planned_windows, row_order, windows
 
 ORDER_42_0 = [4, 1, 3, 6, 0, 7, 2, 5]
 ORDER_42_1 = [1, 2, 5, 3, 6, 0, 4, 7]
@@ -100,3 +100,12 @@ def test_one_rank_k8_two_ranks_k4_and_eight_ranks_k1_see_the_same_rows_per_windo
         assert seen[0] == seen[1] == seen[2] == sorted(window.rows)
         if len(window.rows) == 16:
             assert [len(deal(window.rows, n, 2)[0]) for n in (1, 2, 8)] == [8, 4, 1]
+
+
+def test_a_skipped_window_uses_up_rows_but_is_no_step_and_no_progress():
+    # windows of 4, 4 and 2 rows; the second one applies nothing
+    position, seen = Position(), []
+    for window in windows(10, 4, seed=1, epochs=1):
+        position = position.after(window, applied=window.index != 1)
+        seen.append((position.window, position.step, position.applied_rows, position.skipped_in_a_row))
+    assert seen == [(1, 1, 4, 0), (2, 1, 4, 1), (3, 2, 6, 0)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.schedule import LrScaling, Schedule, decay, rate_text, warmup_steps_of
+from finetune.windows import Position, windows
 
 SHAPES = ("constant", "linear", "cosine", "cosine_with_min_lr")
 
@@ -92,3 +94,15 @@ def test_lr_scaling_is_printed_with_its_arithmetic():
     assert LrScaling("linear", 16).line(2e-4, 64) == "learning rate 2e-4 x 64/16 = 8e-4"
     assert LrScaling().line(2e-4, 64) == "learning rate 2e-4"
     assert [rate_text(rate) for rate in (0.0, 1.0, 0.01, 1.5e-5, 2.8284271e-4)] == ["0", "1", "0.01", "1.5e-5", "2.828e-4"]
+
+
+@pytest.mark.parametrize("ends", [dict(max_steps=5, total_rows=None), dict(max_steps=None, total_rows=20)])
+def test_a_skipped_window_does_not_move_the_learning_rate(ends):
+    schedule = Schedule("cosine", 1e-3, 2, planned_steps=5, **ends)
+    position, rates = Position(), []
+    for window in islice(windows(20, 4, seed=1), 4):
+        rates.append(schedule.learning_rate(position.step, position.applied_rows))
+        position = position.after(window, applied=window.index != 1)
+    # steps 0, 1 (skipped), 1 again, 2: 1/2 and 2/2 of the warm-up, then the cosine at progress 2/5, where the warm-up ends
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3])
+    assert rates[1] == rates[2]
