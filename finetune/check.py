@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.preflight import Settled, advice, first_stage, learning_rate_line
+from finetune.preflight import Settled, advice, batch_line, first_stage, learning_rate_line
 from finetune.recipe import Loaded
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _summary(recipe_path: str, settled: Settled, found: dict, launch_file: str |
         "tokenizer": f"{found['tokenizer']['class']}, {found['tokenizer']['entries']:,} entries",
         "data": f"{rows}, {data['trained_tokens']:,} of {data['tokens']:,} tokens trained, longest row"
         f" {data['longest_row_tokens']:,} tokens{''.join(f', {note}' for note in notes)}",
-        "batch": settled.batch.line() + (f"; {data['planned_steps']:,} steps" if "planned_steps" in data else ""),
+        "batch": batch_line(settled.loaded, settled.batch) + (f"; {data['planned_steps']:,} steps" if "planned_steps" in data else ""),
         "schedule": f"{learning_rate_line(settled.loaded, settled.batch)}, {settings.training.lr_scheduler_type}",
         "runs on": runs_on,
         "output": settings.output_dir,

@@ -40,9 +40,7 @@ class StepResult:
 def train(job: Job) -> Iterator[StepResult]:
     """Train until the schedule ends, yielding after every window. Raises Diverged at the first number that is not finite."""
     position = Position()
-    for window in job.windows():
-        if job.schedule.finished(position.step, position.applied_rows):
-            return
+    while not job.schedule.finished(position.step, position.applied_rows) and (window := job.next_window(position)):
         result = train_window(job, window, position)
         position = position.after(window, result.applied)
         _refuse_divergence(job, result, position.skipped_in_a_row)

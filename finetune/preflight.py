@@ -10,7 +10,7 @@ from finetune import compatibility, launch, recipe
 from finetune.errors import UserError
 from finetune.launch import Strategy
 from finetune.recipe import Loaded
-from finetune.schedule import lr_scaling
+from finetune.schedule import batch_schedule, lr_scaling
 from finetune.windows import BatchPlan, plan_batch
 
 T = TypeVar("T")
@@ -51,6 +51,12 @@ def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
     """The peak learning rate at the full global batch, and how it comes about."""
     training = loaded.recipe.training
     return lr_scaling(training).line(training.learning_rate, batch.global_batch_rows)
+
+
+def batch_line(loaded: Loaded, batch: BatchPlan) -> str:
+    """The global batch and its factors, and the smaller ones on the way to it."""
+    schedule = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows)
+    return batch.line() + (f"; {batch.stages_line(schedule)}" if schedule.varies else "")
 
 
 def advice(loaded: Loaded, batch: BatchPlan, max_grad_norm: float) -> list[str]:

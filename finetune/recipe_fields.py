@@ -38,6 +38,8 @@ def _a_layer(name: str) -> str:
     return name
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+Stage = Annotated[list[Share], Field(min_length=2, max_length=2)]
 LayerName = Annotated[NonEmpty, AfterValidator(_a_layer)]
 
 
@@ -180,6 +182,15 @@ class TrainingSection(Section):
         return given
 
 
+class AccumulationSection(Section):
+    """How many rows a step takes over the run. K, the micro-batches per step, always follows from the rows."""
+
+    schedule: Literal["constant", "warmup"] = "constant"
+    """constant: the global batch from the first step on. warmup: small batches first, as `warmup` says."""
+    warmup: Annotated[list[Stage], Field(min_length=1)] = [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]
+    """Pairs: until this share of the run, steps take this share of the global batch (rounded to rows, at least one)."""
+
+
 class EvaluationSection(Section):
     """When the held-out loss is measured: also before the first step and at the end."""
 
@@ -208,6 +219,8 @@ class Recipe(Section):
     """What is learned from (required)."""
     training: TrainingSection = TrainingSection()
     """The mathematics of the run."""
+    accumulation: AccumulationSection = AccumulationSection()
+    """How many rows a step takes over the run."""
     evaluation: EvaluationSection = EvaluationSection()
     """When the held-out loss is measured."""
     logging: LoggingSection = LoggingSection()

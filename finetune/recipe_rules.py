@@ -19,6 +19,10 @@ class RecipeRow:
     instead: str
 
 
+def _rise_to_one(shares: list[float]) -> bool:
+    return all(a < b for a, b in zip(shares, shares[1:])) and shares[-1] == 1.0
+
+
 RECIPE_ROWS = (
     RecipeRow(
         recipe="model.load_in_4bit: true without a lora section",
@@ -41,6 +45,21 @@ RECIPE_ROWS = (
         and "lr_scaling" not in recipe.training.model_fields_set,
         reason="it does nothing without training.lr_scaling",
         instead="add lr_scaling: sqrt or linear, or leave reference_batch_size out",
+    ),
+    RecipeRow(
+        recipe="accumulation.warmup whose shares of the run do not rise to 1",
+        key="accumulation.warmup",
+        holds=lambda recipe: not _rise_to_one([until for until, _ in recipe.accumulation.warmup]),
+        reason="the first numbers of the pairs are shares of the run: they must rise, and the last one is 1.0",
+        instead="write for example [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]",
+    ),
+    RecipeRow(
+        recipe="accumulation.warmup without accumulation.schedule",
+        key="accumulation.warmup",
+        holds=lambda recipe: "warmup" in recipe.accumulation.model_fields_set
+        and "schedule" not in recipe.accumulation.model_fields_set,
+        reason="it does nothing without accumulation.schedule",
+        instead="add schedule: warmup, or leave it out",
     ),
 )
 

@@ -17,7 +17,7 @@ from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import UserError
 from finetune.exits import guarded
 from finetune.launch import Strategy
-from finetune.preflight import advice, learning_rate_line, settle
+from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
@@ -203,14 +203,16 @@ def _describe(console, job, output_dir: Path) -> None:
     if plan.schedule.total_rows is not None:
         epochs = settings.training.num_train_epochs
         length += f" ({epochs:g} epoch{'s' if epochs != 1 else ''} of {len(job.train_rows):,} rows)"
+    share_of_run = plan.schedule.warmup_share
+    warmup = f"{plan.schedule.warmup_steps} steps of warm-up" if share_of_run is None else f"warming up for {share_of_run:.4g} of the run"
     console.facts({
         "model": f"{settings.model.name_or_path} ({plan.facts.architecture}, {described['parameters']:,} parameters)",
         "training": f"{kind}, {described['trained_parameters']:,} parameters trained ({share:.1%}), {described['optimizer']}",
         "data": f"{len(job.train_rows):,} rows, {data['trained_tokens']:,} of {data['tokens']:,} tokens trained"
         + (f", {len(job.evaluation_rows):,} rows held out" if job.evaluation_rows else ""),
-        "batch": plan.batch.line(),
+        "batch": batch_line(plan.loaded, plan.batch),
         "schedule": f"{length}, {learning_rate_line(plan.loaded, plan.batch)}, {settings.training.lr_scheduler_type}"
-        f" after {plan.schedule.warmup_steps} steps of warm-up, gradients clipped at {plan.max_grad_norm:g}",
+        f" after {warmup}, gradients clipped at {plan.max_grad_norm:g}",
         "runs on": f"{device_name()}: {describe_strategy(plan.strategy)}",
         "output": str(output_dir),
     })  # fmt: skip

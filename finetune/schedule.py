@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from finetune.recipe import TrainingSection
+from finetune.recipe import AccumulationSection, TrainingSection
 
 COSINE_FLOOR = 0.1  # cosine_with_min_lr ends at this share of the peak
 
@@ -33,6 +33,27 @@ class LrScaling:
         return f"learning rate {rate_text(base)} x {factor} = {rate_text(base * self.factor(batch_rows))}"
 
 
+@dataclass(frozen=True)
+class BatchSchedule:
+    """Rows per optimizer step over the run: `(until, rows)` stages, each until that share of the run, the last until 1."""
+
+    stages: tuple[tuple[float, int], ...]
+
+    def rows(self, progress: float) -> int:
+        """Scheduled rows of the step before which `progress` of the run is done."""
+        return next((rows for until, rows in self.stages if progress < until), self.stages[-1][1])
+
+    @property
+    def varies(self) -> bool:
+        return len({rows for _, rows in self.stages}) > 1
+
+
+def batch_schedule(accumulation: AccumulationSection, global_batch_rows: int) -> BatchSchedule:
+    """The recipe's schedule in rows. A function of the global batch alone, so that it is the same on any number of ranks."""
+    stages = accumulation.warmup if accumulation.schedule == "warmup" else [[1.0, 1.0]]
+    return BatchSchedule(tuple((until, max(1, round(share * global_batch_rows))) for until, share in stages))
+
+
 def lr_scaling(training: TrainingSection) -> LrScaling:
     """The recipe's coupling of learning rate and batch."""
     return LrScaling(training.lr_scaling, training.reference_batch_size)
@@ -51,7 +72,8 @@ class Schedule:
     """When the run ends and what the learning rate is on the way.
 
     Exactly one of `max_steps` (optimizer steps) and `total_rows` (applied rows) ends the run; `planned_steps` is the number of
-    steps either way when no window is skipped.
+    steps either way when no window is skipped. `peak` is the learning rate before scaling. `warmup_share` is set where the
+    warm-up goes by progress and not by `warmup_steps`: steps are no measure when the batch varies.
     """
 
     shape: str
@@ -60,6 +82,13 @@ class Schedule:
     planned_steps: int
     max_steps: int | None
     total_rows: int | None
+    batch: BatchSchedule
+    scaling: LrScaling = LrScaling()
+    warmup_share: float | None = None
+
+    def batch_rows(self, step: int, applied_rows: int) -> int:
+        """Scheduled rows of the next window; an epoch's last one may hold fewer."""
+        return self.batch.rows(self.progress(step, applied_rows))
 
     def progress(self, step: int, applied_rows: int) -> float:
         """Share of the run done before this step, in [0, 1]."""
@@ -72,11 +101,17 @@ class Schedule:
 
     def learning_rate(self, step: int, applied_rows: int) -> float:
         """Learning rate of optimizer step number `step` (0 for the first), before which `applied_rows` rows were applied."""
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        warm_share = min(1.0, self.warmup_steps / self.planned_steps) if self.planned_steps else 0.0
         progress = self.progress(step, applied_rows)
+        rows = self.batch.rows(progress)  # the scheduled size: a short window keeps the learning rate of its neighbours
+        if self.warmup_share is not None:
+            warm_share = self.warmup_share
+            behind = self.progress(step + 1, applied_rows + rows)
+            warm = min(1.0, behind / warm_share) if warm_share else 1.0
+        else:
+            warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+            warm_share = min(1.0, self.warmup_steps / self.planned_steps) if self.planned_steps else 0.0
         after = (progress - warm_share) / (1 - warm_share) if warm_share < 1 else 0.0
-        return self.peak * warm * decay(self.shape, max(after, 0.0))
+        return self.peak * self.scaling.factor(rows) * warm * decay(self.shape, max(after, 0.0))
 
 
 def decay(shape: str, progress: float) -> float:

@@ -106,6 +106,36 @@ def test_many_micro_batches_without_clipping_are_warned_about_in_one_line(recipe
         assert advice(settled.loaded, settled.batch, settled.max_grad_norm) == []
 
 
+def test_a_batch_that_grows_is_shown_with_its_k(recipe, capsys):
+    check(str(recipe), ["accumulation.schedule=warmup", "accumulation.warmup=[[0.5, 0.25], [1, 1]]"], None)
+    said = capsys.readouterr().out
+    # 40 rows: ten windows of 2, then 8, 8 and 4
+    assert "x 1 rank; 2 rows (K=1) until 0.5 of the run, 8 rows (K=4) until 1 of the run; 13 steps" in said
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("[[0.5, 0.1], [0.5, 1.0]]", r"accumulation.warmup is \[\[0.5, 0.1\], \[0.5, 1.0\]\], but .* must rise"),
+        ("[[0.5, 0.1]]", "the last one is 1.0"),
+        ("[]", "it must be a list of pairs of numbers above 0"),
+        ("[[0.5, 0], [1, 1]]", "it must be a list of pairs of numbers above 0"),
+        ("[[0.5], [1, 1]]", "it must be a list of pairs of numbers above 0"),
+        ("3", "it must be a list of pairs of numbers above 0"),
+    ],
+)
+def test_stages_of_the_batch_are_checked(recipe, value, words):
+    with pytest.raises(UserError, match=words):
+        first_stage(str(recipe), ["accumulation.schedule=warmup", f"accumulation.warmup={value}"], None)
+
+
+def test_stages_without_a_schedule_and_schedules_to_come_are_refused(recipe):
+    with pytest.raises(UserError, match="it does nothing without accumulation.schedule: add schedule: warmup"):
+        first_stage(str(recipe), ["accumulation.warmup=[[1.0, 0.5]]"], None)
+    with pytest.raises(UserError, match="accumulation.schedule is 'adaptive'; it must be constant or warmup"):
+        first_stage(str(recipe), ["accumulation.schedule=adaptive"], None)
+
+
 def test_scaling_is_switched_off_by_its_name_alone(recipe):
     first_stage(str(recipe), ["training.reference_batch_size=4", "training.lr_scaling=none"], None)
 

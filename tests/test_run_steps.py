@@ -82,3 +82,12 @@ def test_a_skipped_window_is_reported_and_moves_neither_step_nor_learning_rate(s
     assert [r.window for r in results] == [1, 2, 3, 4, 5]
     assert [r.learning_rate for r in results] == pytest.approx([1e-2, 0.75e-2, 0.75e-2, 0.5e-2, 0.25e-2])
     assert results[1].clip_ratio == 0.0
+
+
+def test_a_growing_batch_takes_more_micro_batches(start):
+    job = start("accumulation.schedule=warmup", "accumulation.warmup=[[0.2, 0.25], [0.5, 0.5], [1.0, 1.0]]")
+    results = list(train(job))
+    # 40 rows: progress 0, .05, .1, .15, .2, .3, .4, .5, .7, .9
+    assert [r.rows for r in results] == [2, 2, 2, 2, 4, 4, 4, 8, 8, 4]
+    assert [r.gradient_accumulation_steps for r in results] == [1, 1, 1, 1, 2, 2, 2, 4, 4, 2]
+    assert results[-1].step == job.schedule.planned_steps == 10 and results[-1].epoch == 1.0
