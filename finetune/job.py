@@ -119,7 +119,7 @@ def check_rows(
 def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
     """The recipe's schedule of batch and learning rate over a training set of `rows` rows."""
     training = loaded.recipe.training
-    sizes = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows)
+    sizes = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, training.num_train_epochs)
     if training.max_steps is not None:
         planned, total_rows = training.max_steps, None
     else:

@@ -55,7 +55,8 @@ def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
 
 def batch_line(loaded: Loaded, batch: BatchPlan) -> str:
     """The global batch and its factors, and the smaller ones on the way to it."""
-    schedule = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows)
+    epochs = loaded.recipe.training.num_train_epochs
+    schedule = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, epochs)
     return batch.line() + (f"; {batch.stages_line(schedule)}" if schedule.varies else "")
 
 

@@ -187,8 +187,17 @@ class AccumulationSection(Section):
 
     schedule: Literal["constant", "warmup"] = "constant"
     """constant: the global batch from the first step on. warmup: small batches first, as `warmup` says."""
-    warmup: Annotated[list[Stage], Field(min_length=1)] = [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]
-    """Pairs: until this share of the run, steps take this share of the global batch (rounded to rows, at least one)."""
+    warmup: Annotated[list[Stage], Field(min_length=1)] | Annotated[list[PositiveInt], Field(min_length=1)] = [
+        [0.25, 0.1], [0.5, 0.2], [1.0, 1.0]
+    ]  # fmt: skip
+    """Pairs: until this share of the run, steps take this share of the global batch (rounded to rows, at least one). Or one K
+    per epoch, such as [2, 4, 6, 8] for min(2 * epoch, 8): the greatest stands for the global batch, the others for their
+    share of it, and the last goes on."""
+
+    @property
+    def by_epoch(self) -> bool:
+        """Whether `warmup` says one K per epoch."""
+        return isinstance(self.warmup[0], int)
 
 
 class EvaluationSection(Section):

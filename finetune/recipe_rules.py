@@ -49,9 +49,17 @@ RECIPE_ROWS = (
     RecipeRow(
         recipe="accumulation.warmup whose shares of the run do not rise to 1",
         key="accumulation.warmup",
-        holds=lambda recipe: not _rise_to_one([until for until, _ in recipe.accumulation.warmup]),
+        holds=lambda recipe: not recipe.accumulation.by_epoch
+        and not _rise_to_one([until for until, _ in recipe.accumulation.warmup]),
         reason="the first numbers of the pairs are shares of the run: they must rise, and the last one is 1.0",
         instead="write for example [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]",
+    ),
+    RecipeRow(
+        recipe="accumulation.warmup as one K per epoch with training.max_steps",
+        key="accumulation.warmup",
+        holds=lambda recipe: recipe.accumulation.by_epoch and recipe.training.num_train_epochs is None,
+        reason="with training.max_steps nothing says when an epoch ends",
+        instead="use num_train_epochs, or pairs such as [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]",
     ),
     RecipeRow(
         recipe="accumulation.warmup without accumulation.schedule",

@@ -48,9 +48,16 @@ class BatchSchedule:
         return len({rows for _, rows in self.stages}) > 1
 
 
-def batch_schedule(accumulation: AccumulationSection, global_batch_rows: int) -> BatchSchedule:
-    """The recipe's schedule in rows. A function of the global batch alone, so that it is the same on any number of ranks."""
+def batch_schedule(accumulation: AccumulationSection, global_batch_rows: int, epochs: float | None) -> BatchSchedule:
+    """The recipe's schedule in rows; `epochs` is None where steps end the run.
+
+    A function of the global batch and not of ranks or micro-batches, so that a run is the same on any number of ranks.
+    """
     stages = accumulation.warmup if accumulation.schedule == "warmup" else [[1.0, 1.0]]
+    if accumulation.schedule == "warmup" and accumulation.by_epoch:
+        taken = accumulation.warmup[: math.ceil(epochs)]
+        stages = [(n / epochs, steps / max(accumulation.warmup)) for n, steps in enumerate(taken, start=1)]
+        stages[-1] = (1.0, stages[-1][1])
     return BatchSchedule(tuple((until, max(1, round(share * global_batch_rows))) for until, share in stages))
 
 

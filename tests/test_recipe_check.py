@@ -120,6 +120,7 @@ def test_a_batch_that_grows_is_shown_with_its_k(recipe, capsys):
         ("[[0.5, 0.1]]", "the last one is 1.0"),
         ("[]", "it must be a list of pairs of numbers above 0"),
         ("[[0.5, 0], [1, 1]]", "it must be a list of pairs of numbers above 0"),
+        ("[0, 2, 4]", "or a list of whole numbers of at least 1"),
         ("[[0.5], [1, 1]]", "it must be a list of pairs of numbers above 0"),
         ("3", "it must be a list of pairs of numbers above 0"),
     ],
@@ -127,6 +128,13 @@ def test_a_batch_that_grows_is_shown_with_its_k(recipe, capsys):
 def test_stages_of_the_batch_are_checked(recipe, value, words):
     with pytest.raises(UserError, match=words):
         first_stage(str(recipe), ["accumulation.schedule=warmup", f"accumulation.warmup={value}"], None)
+
+
+def test_a_list_of_k_needs_epochs(recipe):
+    listed = ["accumulation.schedule=warmup", "accumulation.warmup=[2, 4]"]
+    first_stage(str(recipe), listed, None)
+    with pytest.raises(UserError, match="accumulation.warmup is .2, 4., but with training.max_steps nothing says when"):
+        first_stage(str(recipe), [*listed, "training.max_steps=4"], None)
 
 
 def test_stages_without_a_schedule_and_schedules_to_come_are_refused(recipe):

@@ -114,11 +114,25 @@ def test_a_skipped_window_does_not_move_the_learning_rate(ends):
 
 def test_stages_are_shares_of_the_global_batch_in_whole_rows():
     warmup = AccumulationSection(schedule="warmup")
-    assert batch_schedule(warmup, 64).stages == ((0.25, 6), (0.5, 13), (1.0, 64))
-    assert batch_schedule(warmup, 4).stages == ((0.25, 1), (0.5, 1), (1.0, 4)), "never no rows"
-    assert batch_schedule(AccumulationSection(), 64).stages == ((1.0, 64),)
+    assert batch_schedule(warmup, 64, None).stages == ((0.25, 6), (0.5, 13), (1.0, 64))
+    assert batch_schedule(warmup, 4, 1).stages == ((0.25, 1), (0.5, 1), (1.0, 4)), "never no rows"
+    assert batch_schedule(AccumulationSection(), 64, None).stages == ((1.0, 64),)
     assert [WARMUP.rows(progress) for progress in (0.0, 0.249, 0.25, 0.5, 0.999, 1.0)] == [2, 2, 4, 8, 8, 8]
     assert WARMUP.varies and not ALWAYS.varies and not BatchSchedule(((0.5, 4), (1.0, 4))).varies
+
+
+def test_a_list_of_k_per_epoch_gives_each_epoch_its_share_of_the_global_batch():
+    listed = AccumulationSection(schedule="warmup", warmup=[2, 4, 6, 8])  # min(2 * epoch, 8)
+    sizes = batch_schedule(listed, 64, 5)
+    assert sizes.stages == ((0.2, 16), (0.4, 32), (0.6, 48), (1.0, 64))
+    rows = 100
+    schedule = Schedule("constant", 1.0, 0, planned_windows(rows, sizes, 5), None, 5 * rows, sizes)
+    found = [size for size, _, _ in walk(schedule, rows, 5)]
+    # an epoch's size begins with its first row and ends with its last
+    assert found == [16] * 6 + [4] + [32] * 3 + [4] + [48] * 2 + [4] + [64, 36] * 2
+    assert batch_schedule(listed, 64, 2).stages == ((0.5, 16), (1.0, 32)), "what is left over is left out"
+    assert batch_schedule(listed, 64, 1.5).stages == ((1 / 1.5, 16), (1.0, 32))
+    assert batch_schedule(AccumulationSection(schedule="warmup", warmup=[1, 100]), 8, 2).stages[0] == (0.5, 1), "never none"
 
 
 def test_by_steps_the_batch_follows_the_share_of_steps():
