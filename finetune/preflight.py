@@ -50,7 +50,9 @@ def settle(loaded: Loaded, strategy: Strategy) -> Settled:
 def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
     """The peak learning rate at the full global batch, and how it comes about."""
     training = loaded.recipe.training
-    return lr_scaling(training).line(training.learning_rate, batch.global_batch_rows)
+    line = lr_scaling(training).line(training.learning_rate, batch.global_batch_rows)
+    smaller = training.lr_scaling != "none" and loaded.recipe.accumulation.schedule != "constant"
+    return line + (" (less with the smaller batches before)" if smaller else "")
 
 
 def batch_line(loaded: Loaded, batch: BatchPlan) -> str:

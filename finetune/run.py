@@ -205,6 +205,7 @@ def _describe(console, job, output_dir: Path) -> None:
         length += f" ({epochs:g} epoch{'s' if epochs != 1 else ''} of {len(job.train_rows):,} rows)"
     share_of_run = plan.schedule.warmup_share
     warmup = f"{plan.schedule.warmup_steps} steps of warm-up" if share_of_run is None else f"warming up for {share_of_run:.4g} of the run"
+    clipping = f"gradients clipped at {plan.max_grad_norm:g}" if plan.max_grad_norm else "gradients not clipped"
     console.facts({
         "model": f"{settings.model.name_or_path} ({plan.facts.architecture}, {described['parameters']:,} parameters)",
         "training": f"{kind}, {described['trained_parameters']:,} parameters trained ({share:.1%}), {described['optimizer']}",
@@ -212,7 +213,7 @@ def _describe(console, job, output_dir: Path) -> None:
         + (f", {len(job.evaluation_rows):,} rows held out" if job.evaluation_rows else ""),
         "batch": batch_line(plan.loaded, plan.batch),
         "schedule": f"{length}, {learning_rate_line(plan.loaded, plan.batch)}, {settings.training.lr_scheduler_type}"
-        f" after {warmup}, gradients clipped at {plan.max_grad_norm:g}",
+        f" after {warmup}, {clipping}",
         "runs on": f"{device_name()}: {describe_strategy(plan.strategy)}",
         "output": str(output_dir),
     })  # fmt: skip
