@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.preflight import Settled, first_stage
+from finetune.preflight import Settled, advice, batch_line, first_stage, learning_rate_line
 from finetune.recipe import Loaded
 
 if TYPE_CHECKING:
@@ -24,13 +24,15 @@ def check(recipe_path: str, overrides: Sequence[str], launch_file: str | None, a
     """Check recipe, launch file, combination and batch (without torch), then model config, tokenizer and a data sample.
 
     Prints a summary, or with `as_json` one JSON document: `ok`, `problems` and, as far as they were reached, `recipe`,
-    `launch`, `batch`, `model`, `tokenizer`, `data`. Raises UserError with every problem of the first stage that has one.
+    `launch`, `batch`, `warnings`, `model`, `tokenizer`, `data`. Raises UserError with every problem of the first stage that
+    has one.
     """
     found: dict[str, Any] = {"recipe": recipe_path}
     with _stdout_is_stderr() if as_json else contextlib.nullcontext(sys.stdout) as output:
         try:
             settled = first_stage(recipe_path, overrides, launch_file)
             found |= {"launch": dataclasses.asdict(settled.strategy), "batch": dataclasses.asdict(settled.batch)}
+            found["warnings"] = advice(settled.loaded, settled.batch, settled.max_grad_norm)
             found |= _second_stage(settled)
         except UserError as error:
             if as_json:
@@ -113,8 +115,10 @@ def _summary(recipe_path: str, settled: Settled, found: dict, launch_file: str |
         "tokenizer": f"{found['tokenizer']['class']}, {found['tokenizer']['entries']:,} entries",
         "data": f"{rows}, {data['trained_tokens']:,} of {data['tokens']:,} tokens trained, longest row"
         f" {data['longest_row_tokens']:,} tokens{''.join(f', {note}' for note in notes)}",
-        "batch": settled.batch.line() + (f"; {data['planned_steps']:,} steps" if "planned_steps" in data else ""),
+        "batch": batch_line(settled.loaded, settled.batch) + (f"; {data['planned_steps']:,} steps" if "planned_steps" in data else ""),
+        "schedule": f"{learning_rate_line(settled.loaded, settled.batch)}, {settings.training.lr_scheduler_type}",
         "runs on": runs_on,
         "output": settings.output_dir,
     }
-    return "\n".join([f"{recipe_path} is fine", *(f"  {name:<10} {text}" for name, text in lines.items())])
+    shown = (f"  {name:<10} {text}" for name, text in lines.items())
+    return "\n".join([f"{recipe_path} is fine", *shown, *found["warnings"]])

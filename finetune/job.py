@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -19,8 +19,8 @@ from finetune.launch import Strategy
 from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
 from finetune.recipe import Loaded
-from finetune.schedule import Schedule, warmup_steps_of
-from finetune.windows import BatchPlan, Window, deal, epoch_rows, planned_windows, stream_windows, windows
+from finetune.schedule import Schedule, batch_schedule, lr_scaling, warmup_steps_of
+from finetune.windows import BatchPlan, Position, Window, deal, epoch_rows, next_window, planned_windows, stream_window
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,14 @@ class Job:
     def evaluation_rows(self) -> TokenRows | None:
         return self.plan.data.evaluation
 
-    def windows(self) -> Iterator[Window]:
-        """Every window of the run, endless when max_steps ends it."""
-        if self.plan.loaded.recipe.data.streaming:
-            return stream_windows(self.batch.global_batch_rows)
+    def next_window(self, position: Position) -> Window | None:
+        """The window at this position of the run; None when its rows are used up, which never happens with max_steps."""
         training = self.plan.loaded.recipe.training
         epochs = math.inf if training.max_steps is not None else training.num_train_epochs
-        return windows(len(self.train_rows), self.batch.global_batch_rows, self.seed, epochs)
+        rows = self.schedule.batch_rows(position.step, position.applied_rows)
+        if self.plan.loaded.recipe.data.streaming:
+            return stream_window(position, rows)
+        return next_window(position, len(self.train_rows), rows, self.seed, epochs)
 
     def epoch_after(self, window: Window) -> float:
         """Passes over the training rows when `window` is done; 0 for a stream, whose length nobody knows."""
@@ -125,15 +126,25 @@ def check_rows(
 
 
 def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
-    """The recipe's learning-rate schedule over a training set of `rows` rows."""
+    """The recipe's schedule of batch and learning rate over a training set of `rows` rows."""
     training = loaded.recipe.training
+    sizes = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, training.num_train_epochs)
     if training.max_steps is not None:
         planned, total_rows = training.max_steps, None
     else:
-        planned = planned_windows(rows, batch.global_batch_rows, training.num_train_epochs)
+        planned = planned_windows(rows, sizes, training.num_train_epochs)
         total_rows = sum(epoch_rows(rows, training.num_train_epochs))
-    warmup = warmup_steps_of(training.warmup_ratio, training.warmup_steps, planned)
-    return Schedule(training.lr_scheduler_type, training.learning_rate, warmup, planned, training.max_steps, total_rows)
+    return Schedule(
+        shape=training.lr_scheduler_type,
+        peak=training.learning_rate,
+        warmup_steps=warmup_steps_of(training.warmup_ratio, training.warmup_steps, planned),
+        planned_steps=planned,
+        max_steps=training.max_steps,
+        total_rows=total_rows,
+        batch=sizes,
+        scaling=lr_scaling(training),
+        warmup_share=training.warmup_ratio if sizes.varies and training.warmup_steps is None else None,
+    )
 
 
 def assemble(plan: Plan, say: Callable[[str], None]) -> Job:

@@ -13,7 +13,7 @@ import torch
 from finetune.errors import Diverged
 from finetune.job import Job
 from finetune.objectives import trained_tokens
-from finetune.windows import Window, deal
+from finetune.windows import Position, Window, deal
 
 MAX_SKIPPED_IN_A_ROW = 50  # fp16's loss scaler halves its scale at each: far below any useful one by then
 
@@ -26,7 +26,8 @@ class StepResult:
     window: int
     epoch: float
     loss: float
-    grad_norm: float
+    grad_norm: float  # before clipping
+    clip_ratio: float  # what clipping multiplied the gradient with
     learning_rate: float
     tokens: int
     input_tokens: int
@@ -38,23 +39,20 @@ class StepResult:
 
 def train(job: Job) -> Iterator[StepResult]:
     """Train until the schedule ends, yielding after every window. Raises Diverged at the first number that is not finite."""
-    step, applied_rows, skipped = 0, 0, 0
-    for window in job.windows():
-        if job.schedule.finished(step, applied_rows):
-            return
-        result = train_window(job, window, step, applied_rows)
-        step, applied_rows = result.step, applied_rows + (len(window.rows) if result.applied else 0)
-        skipped = 0 if result.applied else skipped + 1
-        _refuse_divergence(job, result, skipped)
+    position = Position()
+    while not job.schedule.finished(position.step, position.applied_rows) and (window := job.next_window(position)):
+        result = train_window(job, window, position)
+        position = position.after(window, result.applied)
+        _refuse_divergence(job, result, position.skipped_in_a_row)
         yield result
 
 
-def train_window(job: Job, window: Window, step: int, applied_rows: int) -> StepResult:
+def train_window(job: Job, window: Window, position: Position) -> StepResult:
     """One window: count its trained tokens over all ranks, then accumulate its micro-batches into one optimizer step."""
     started = time.perf_counter()
     engine = job.engine
     micro_batches = job.micro_batches(window)  # this rank's share; the same number on every rank
-    learning_rate = job.schedule.learning_rate(step, applied_rows)
+    learning_rate = job.schedule.learning_rate(position.step, position.applied_rows)
     tokens, input_tokens = engine.total(
         sum(trained_tokens(batch) for batch in micro_batches),
         sum(int(batch["attention_mask"].sum()) for batch in micro_batches if trained_tokens(batch)),
@@ -66,11 +64,12 @@ def train_window(job: Job, window: Window, step: int, applied_rows: int) -> Step
         summed_loss += engine.micro_step(micro_batch, denominator=tokens, last=k == len(micro_batches) - 1)
     (loss,) = engine.total(summed_loss / tokens)
     return StepResult(
-        step=step + engine.applied,
+        step=position.step + engine.applied,
         window=window.index + 1,
         epoch=job.epoch_after(window),
         loss=loss,
         grad_norm=engine.grad_norm(),
+        clip_ratio=clip_ratio(engine.grad_norm(), job.plan.max_grad_norm),
         learning_rate=learning_rate,
         tokens=int(tokens),
         input_tokens=int(input_tokens),
@@ -79,6 +78,15 @@ def train_window(job: Job, window: Window, step: int, applied_rows: int) -> Step
         step_seconds=time.perf_counter() - started,
         applied=engine.applied,
     )
+
+
+def clip_ratio(grad_norm: float, limit: float) -> float:
+    """min(1, limit / norm), what a gradient of this norm is multiplied with; 1 without a limit (0), 0 for a norm that is no
+    finite number. Torch and DeepSpeed add 1e-6 to the norm, which is left out here.
+    """
+    if not limit or grad_norm <= limit:
+        return 1.0
+    return limit / grad_norm if math.isfinite(grad_norm) else 0.0
 
 
 def evaluate(job: Job) -> float:

@@ -10,9 +10,11 @@ from finetune import compatibility, launch, recipe
 from finetune.errors import UserError
 from finetune.launch import Strategy
 from finetune.recipe import Loaded
+from finetune.schedule import batch_schedule, lr_scaling
 from finetune.windows import BatchPlan, plan_batch
 
 T = TypeVar("T")
+MANY_MICRO_BATCHES = 16  # K above this without clipping is warned about
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,32 @@ def settle(loaded: Loaded, strategy: Strategy) -> Settled:
         raise UserError(problems)
     batch, max_grad_norm = planned
     return Settled(loaded, strategy, batch, max_grad_norm)
+
+
+def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
+    """The peak learning rate at the full global batch, and how it comes about."""
+    training = loaded.recipe.training
+    line = lr_scaling(training).line(training.learning_rate, batch.global_batch_rows)
+    smaller = training.lr_scaling != "none" and loaded.recipe.accumulation.schedule != "constant"
+    return line + (" (less with the smaller batches before)" if smaller else "")
+
+
+def batch_line(loaded: Loaded, batch: BatchPlan) -> str:
+    """The global batch and its factors, and the smaller ones on the way to it."""
+    epochs = loaded.recipe.training.num_train_epochs
+    schedule = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, epochs)
+    return batch.line() + (f"; {batch.stages_line(schedule)}" if schedule.varies else "")
+
+
+def advice(loaded: Loaded, batch: BatchPlan, max_grad_norm: float) -> list[str]:
+    """One line each for what runs as asked but is worth a second thought."""
+    if batch.accumulation_steps <= MANY_MICRO_BATCHES or max_grad_norm > 0:
+        return []
+    key = "training.max_grad_norm"
+    return [
+        f"warning: {loaded.where(key)}: {key} is 0, so nothing clips the gradient of K={batch.accumulation_steps} micro-batches:"
+        " one bad row moves the weights unchecked. Use 1.0 unless you mean it."
+    ]
 
 
 def _collect(problems: list[str], read: Callable[[], T]) -> T | None:

@@ -14,6 +14,7 @@ from finetune.errors import UserError
 from finetune.recipe_check import check, lookup, show
 from finetune.recipe_fields import (
     EXCLUSIVE,
+    AccumulationSection,
     DataSection,
     EvaluationSection,
     LoggingSection,
@@ -27,6 +28,7 @@ from finetune.recipe_include import MAX_FILES, Place, read_merged
 from finetune.recipe_yaml import KeyPath, dotted, dump, key_path, parse
 
 __all__ = [
+    "AccumulationSection",
     "DataSection",
     "EvaluationSection",
     "Loaded",

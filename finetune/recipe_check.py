@@ -216,6 +216,10 @@ def allowed(annotation: Any, metadata: Any = ()) -> str:
         return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
     if get_origin(annotation) is list:
         item = get_args(annotation)[0]
+        if any(get_origin(option) is list for option in _options(item)):
+            return "a list of pairs of numbers above 0 and at most 1, such as [[0.5, 0.1], [1.0, 1.0]]"
+        if any(option is int for option in _options(item)):
+            return "a list of whole numbers of at least 1"
         sections = isinstance(item, type) and issubclass(item, Section)
         return f"a list of {'mappings such as {path: ...}' if sections else 'names'} with at least one entry"
     if get_origin(annotation) is dict:

@@ -38,6 +38,8 @@ def _a_layer(name: str) -> str:
     return name
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+Stage = Annotated[list[Share], Field(min_length=2, max_length=2)]
 LayerName = Annotated[NonEmpty, AfterValidator(_a_layer)]
 
 
@@ -151,6 +153,10 @@ class TrainingSection(Section):
     """Share of the planned steps over which the learning rate rises from 0. Instead of warmup_steps."""
     warmup_steps: int | None = Field(None, ge=0)
     """Steps over which the learning rate rises from 0. Instead of warmup_ratio."""
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """Multiplies the learning rate with the batch: by the root of global batch / reference_batch_size, or by that itself."""
+    reference_batch_size: PositiveInt | None = None
+    """The global batch, in rows, that learning_rate was chosen for. Required with lr_scaling."""
     optim: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"], BeforeValidator(_ours)] = "adamw"
     """Optimizer; Hugging Face's names are aliases. The backend picks the implementation and prints it."""
     weight_decay: float = Field(0.0, ge=0)
@@ -177,6 +183,24 @@ class TrainingSection(Section):
                 if first[0] == "training" and given.get(second[1]) is not None:
                     given.setdefault(first[1], None)
         return given
+
+
+class AccumulationSection(Section):
+    """How many rows a step takes over the run. K, the micro-batches per step, always follows from the rows."""
+
+    schedule: Literal["constant", "warmup"] = "constant"
+    """constant: the global batch from the first step on. warmup: small batches first, as `warmup` says."""
+    warmup: Annotated[list[Stage], Field(min_length=1)] | Annotated[list[PositiveInt], Field(min_length=1)] = [
+        [0.25, 0.1], [0.5, 0.2], [1.0, 1.0]
+    ]  # fmt: skip
+    """Pairs: until this share of the run, steps take this share of the global batch (rounded to rows, at least one). Or one K
+    per epoch, such as [2, 4, 6, 8] for min(2 * epoch, 8): the greatest stands for the global batch, the others for their
+    share of it, and the last goes on."""
+
+    @property
+    def by_epoch(self) -> bool:
+        """Whether `warmup` says one K per epoch."""
+        return isinstance(self.warmup[0], int)
 
 
 class EvaluationSection(Section):
@@ -207,6 +231,8 @@ class Recipe(Section):
     """What is learned from (required)."""
     training: TrainingSection = TrainingSection()
     """The mathematics of the run."""
+    accumulation: AccumulationSection = AccumulationSection()
+    """How many rows a step takes over the run."""
     evaluation: EvaluationSection = EvaluationSection()
     """When the held-out loss is measured."""
     logging: LoggingSection = LoggingSection()

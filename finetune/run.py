@@ -17,7 +17,7 @@ from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import UserError
 from finetune.exits import guarded
 from finetune.launch import Strategy
-from finetune.preflight import settle
+from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
@@ -60,6 +60,8 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     if strategy.machines > 1 and _already_there(_agreed_state(job, output_dir), output_dir, loaded, console):
         return
     _describe(console, job, output_dir)
+    for line in advice(loaded, plan.batch, plan.max_grad_norm):
+        console.say(line)
     files = RunFiles(output_dir, job.engine.rank == 0, _document(job))
     files.start(loaded.dump())
     try:
@@ -201,6 +203,9 @@ def _describe(console, job, output_dir: Path) -> None:
     if plan.schedule.total_rows is not None:
         epochs = settings.training.num_train_epochs
         length += f" ({epochs:g} epoch{'s' if epochs != 1 else ''} of {len(job.train_rows):,} rows)"
+    share_of_run = plan.schedule.warmup_share
+    warmup = f"{plan.schedule.warmup_steps} steps of warm-up" if share_of_run is None else f"warming up for {share_of_run:.4g} of the run"
+    clipping = f"gradients clipped at {plan.max_grad_norm:g}" if plan.max_grad_norm else "gradients not clipped"
     console.facts({
         "model": f"{settings.model.name_or_path} ({plan.facts.architecture}, {described['parameters']:,} parameters)",
         "training": f"{kind}, {described['trained_parameters']:,} parameters trained ({share:.1%}), {described['optimizer']}",
@@ -210,9 +215,9 @@ def _describe(console, job, output_dir: Path) -> None:
             else f"{len(job.train_rows):,} rows, {data['trained_tokens']:,} of {data['tokens']:,} tokens trained"
         )
         + (f", {len(job.evaluation_rows):,} rows held out" if job.evaluation_rows else ""),
-        "batch": plan.batch.line(),
-        "schedule": f"{length}, {settings.training.lr_scheduler_type} from {plan.schedule.peak:g}"
-        f" after {plan.schedule.warmup_steps} steps of warm-up, gradients clipped at {plan.max_grad_norm:g}",
+        "batch": batch_line(plan.loaded, plan.batch),
+        "schedule": f"{length}, {learning_rate_line(plan.loaded, plan.batch)}, {settings.training.lr_scheduler_type}"
+        f" after {warmup}, {clipping}",
         "runs on": f"{device_name()}: {describe_strategy(plan.strategy)}",
         "output": str(output_dir),
     })  # fmt: skip

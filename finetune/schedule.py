@@ -5,7 +5,73 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from finetune.recipe import AccumulationSection, TrainingSection
+
 COSINE_FLOOR = 0.1  # cosine_with_min_lr ends at this share of the peak
+
+
+@dataclass(frozen=True)
+class LrScaling:
+    """How the learning rate follows the global batch: `none`, `sqrt` or `linear` in batch rows / reference rows."""
+
+    rule: str = "none"
+    reference_rows: int | None = None
+
+    def factor(self, batch_rows: int) -> float:
+        """What the recipe's learning rate is multiplied with at a global batch of `batch_rows` rows."""
+        if self.rule == "none":
+            return 1.0
+        ratio = batch_rows / self.reference_rows
+        return math.sqrt(ratio) if self.rule == "sqrt" else ratio
+
+    def line(self, base: float, batch_rows: int) -> str:
+        """The arithmetic for people: `learning rate 2e-4 x sqrt(64/16) = 4e-4`."""
+        if self.rule == "none":
+            return f"learning rate {rate_text(base)}"
+        ratio = f"{batch_rows}/{self.reference_rows}"
+        factor = f"sqrt({ratio})" if self.rule == "sqrt" else ratio
+        return f"learning rate {rate_text(base)} x {factor} = {rate_text(base * self.factor(batch_rows))}"
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """Rows per optimizer step over the run: `(until, rows)` stages, each until that share of the run, the last until 1."""
+
+    stages: tuple[tuple[float, int], ...]
+
+    def rows(self, progress: float) -> int:
+        """Scheduled rows of the step before which `progress` of the run is done."""
+        return next((rows for until, rows in self.stages if progress < until), self.stages[-1][1])
+
+    @property
+    def varies(self) -> bool:
+        return len({rows for _, rows in self.stages}) > 1
+
+
+def batch_schedule(accumulation: AccumulationSection, global_batch_rows: int, epochs: float | None) -> BatchSchedule:
+    """The recipe's schedule in rows; `epochs` is None where steps end the run.
+
+    A function of the global batch and not of ranks or micro-batches, so that a run is the same on any number of ranks.
+    """
+    stages = accumulation.warmup if accumulation.schedule == "warmup" else [[1.0, 1.0]]
+    if accumulation.schedule == "warmup" and accumulation.by_epoch:
+        taken = accumulation.warmup[: math.ceil(epochs)]
+        stages = [(n / epochs, steps / max(accumulation.warmup)) for n, steps in enumerate(taken, start=1)]
+        stages[-1] = (1.0, stages[-1][1])
+    return BatchSchedule(tuple((until, max(1, round(share * global_batch_rows))) for until, share in stages))
+
+
+def lr_scaling(training: TrainingSection) -> LrScaling:
+    """The recipe's coupling of learning rate and batch."""
+    return LrScaling(training.lr_scaling, training.reference_batch_size)
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate to four digits, small ones as `4e-4`."""
+    if rate == 0 or 0.01 <= rate < 1000:
+        return f"{rate:.4g}"
+    mantissa, _, exponent = f"{rate:.3e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 @dataclass(frozen=True)
@@ -13,7 +79,8 @@ class Schedule:
     """When the run ends and what the learning rate is on the way.
 
     Exactly one of `max_steps` (optimizer steps) and `total_rows` (applied rows) ends the run; `planned_steps` is the number of
-    steps either way when no window is skipped.
+    steps either way when no window is skipped. `peak` is the learning rate before scaling. `warmup_share` is set where the
+    warm-up goes by progress and not by `warmup_steps`: steps are no measure when the batch varies.
     """
 
     shape: str
@@ -22,6 +89,13 @@ class Schedule:
     planned_steps: int
     max_steps: int | None
     total_rows: int | None
+    batch: BatchSchedule
+    scaling: LrScaling = LrScaling()
+    warmup_share: float | None = None
+
+    def batch_rows(self, step: int, applied_rows: int) -> int:
+        """Scheduled rows of the next window; an epoch's last one may hold fewer."""
+        return self.batch.rows(self.progress(step, applied_rows))
 
     def progress(self, step: int, applied_rows: int) -> float:
         """Share of the run done before this step, in [0, 1]."""
@@ -34,11 +108,17 @@ class Schedule:
 
     def learning_rate(self, step: int, applied_rows: int) -> float:
         """Learning rate of optimizer step number `step` (0 for the first), before which `applied_rows` rows were applied."""
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        warm_share = min(1.0, self.warmup_steps / self.planned_steps) if self.planned_steps else 0.0
         progress = self.progress(step, applied_rows)
+        rows = self.batch.rows(progress)  # the scheduled size: a short window keeps the learning rate of its neighbours
+        if self.warmup_share is not None:
+            warm_share = self.warmup_share
+            behind = self.progress(step + 1, applied_rows + rows)
+            warm = min(1.0, behind / warm_share) if warm_share else 1.0
+        else:
+            warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+            warm_share = min(1.0, self.warmup_steps / self.planned_steps) if self.planned_steps else 0.0
         after = (progress - warm_share) / (1 - warm_share) if warm_share < 1 else 0.0
-        return self.peak * warm * decay(self.shape, max(after, 0.0))
+        return self.peak * self.scaling.factor(rows) * warm * decay(self.shape, max(after, 0.0))
 
 
 def decay(shape: str, progress: float) -> float:

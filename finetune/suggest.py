@@ -11,8 +11,8 @@ from finetune.foreign_names import FOREIGN, SAID_IN_WORDS
 # Keys that are planned but do nothing yet; they do not exist until they work.
 LATER = frozenset(
     "training.objective "
-    "training.lr_scaling training.reference_batch_size training.pure_bf16 training.deterministic "
-    "training.device_memory training.global_batch_tokens accumulation checkpoint logging.report_to".split()
+    "training.pure_bf16 training.deterministic "
+    "training.device_memory training.global_batch_tokens checkpoint logging.report_to".split()
 )
 
 
@@ -65,10 +65,10 @@ def _home(section: str, plain: str, own: Mapping[str, Iterable[str]]) -> str:
     """Where an exactly known name belongs: another tool's in this section, ours elsewhere, another tool's anywhere."""
     if f"{section}.{plain}" in FOREIGN:
         return f"Use {FOREIGN[f'{section}.{plain}']}."
+    if plain in FOREIGN:  # first: `warmup` elsewhere is another tool's word for training.warmup_steps, not accumulation.warmup
+        return f"Use {FOREIGN[plain]}."
     if elsewhere := _elsewhere(plain, own):
         return f"It belongs to {elsewhere.rpartition('.')[0] or 'the top level'}: {elsewhere}."
-    if plain in FOREIGN:
-        return f"Use {FOREIGN[plain]}."
     return SAID_IN_WORDS.get(plain, "")
 
 

@@ -1,16 +1,18 @@
 """The arithmetic of accumulation: rows -> windows -> ranks -> micro-batches. Pure, torch-free.
 
-A *window* is what one optimizer step sees: `global_batch_size` rows over all ranks and micro-batches (the last window of
-an epoch may hold fewer). The order of the rows is a function of (seed, epoch) alone and a window takes the next rows of
-that order, so ranks and micro-batches only slice it: 1 rank x K=8, 2 x 4 and 8 x 1 see the same rows in every window.
+A *window* is what one optimizer step sees: the rows of the global batch, or as many as a schedule says, over all ranks and
+micro-batches (the last window of an epoch may hold fewer). The order of the rows is a function of (seed, epoch) alone and a
+window takes the next rows of that order, so ranks and micro-batches only slice it: 1 rank x K=8, 2 x 4 and 8 x 1 see the same
+rows in every window.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from finetune import launch
 from finetune.errors import UserError
 from finetune.launch import Strategy
 from finetune.recipe import Loaded
+from finetune.schedule import BatchSchedule
 
 AUTO = "auto"
 
@@ -30,6 +33,14 @@ class BatchPlan:
     per_device_rows: int
     accumulation_steps: int
     ranks: int
+
+    def steps(self, rows: int) -> int:
+        """K of a window of `rows` rows."""
+        return max(1, math.ceil(rows / (self.per_device_rows * self.ranks)))
+
+    def stages_line(self, schedule: BatchSchedule) -> str:
+        """One line for people: rows and K over the run."""
+        return ", ".join(f"{rows} rows (K={self.steps(rows)}) until {until:.4g} of the run" for until, rows in schedule.stages)
 
     def line(self) -> str:
         """One line for people: the product and its factors."""
@@ -47,6 +58,29 @@ class Window:
     index: int
     first_row: int
     rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is between two windows: all that the next window and its learning rate depend on."""
+
+    step: int = 0  # applied optimizer steps
+    window: int = 0  # windows taken; more than steps when some were skipped
+    epoch: int = 0
+    first_row: int = 0  # rows of the epoch's order that were taken
+    applied_rows: int = 0
+    skipped_in_a_row: int = 0
+
+    def after(self, window: Window, applied: bool) -> Position:
+        """The position behind this window. One that applied nothing has used its rows up, but is no step and no progress."""
+        return Position(
+            step=self.step + applied,
+            window=window.index + 1,
+            epoch=window.epoch,
+            first_row=window.first_row + len(window.rows),
+            applied_rows=self.applied_rows + len(window.rows) * applied,
+            skipped_in_a_row=0 if applied else self.skipped_in_a_row + 1,
+        )
 
 
 def plan_batch(loaded: Loaded, strategy: Strategy) -> tuple[BatchPlan, float]:
@@ -104,43 +138,58 @@ def _quotient(global_batch: int, factor: int, ranks: int, unit: str, where) -> i
     )
 
 
+@lru_cache(maxsize=2)  # every window of an epoch asks for the same one
 def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of `rows` rows, int64 (rows,): a function of (seed, epoch) alone.
 
     Sorted by raw PCG64 words, the part of numpy's generators whose stream is promised to stay the same between versions.
     """
     words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(rows)
-    return np.argsort(words, kind="stable")
+    order = np.argsort(words, kind="stable")
+    order.flags.writeable = False
+    return order
 
 
 def epoch_rows(rows: int, epochs: float) -> list[int]:
     """Rows taken in each epoch: all of them, and a share of the last when `epochs` is not whole (at least one row)."""
-    whole = int(epochs)
-    part = round((epochs - whole) * rows)
-    return [rows] * whole + ([max(part, 1)] if epochs > whole else [])
+    return [rows_of_epoch(rows, epochs, epoch) for epoch in range(math.ceil(epochs))]
 
 
-def windows(rows: int, batch_rows: int, seed: int, epochs: float = math.inf) -> Iterator[Window]:
-    """Every window of a run in order. Endless when `epochs` is infinite: the caller then counts steps."""
-    index, epoch = 0, 0
-    counts = epoch_rows(rows, epochs) if math.isfinite(epochs) else None
-    while counts is None or epoch < len(counts):
-        order = row_order(rows, seed, epoch)[: rows if counts is None else counts[epoch]]
-        for first in range(0, len(order), batch_rows):
-            yield Window(epoch, index, first, tuple(order[first : first + batch_rows].tolist()))
-            index += 1
-        epoch += 1
+def rows_of_epoch(rows: int, epochs: float, epoch: int) -> int:
+    """Rows taken in epoch number `epoch` of `epochs` (may be infinite); 0 when the run has no such epoch."""
+    if epoch + 1 <= epochs:
+        return rows
+    return max(round((epochs - epoch) * rows), 1) if epoch < epochs else 0
 
 
-def stream_windows(batch_rows: int) -> Iterator[Window]:
-    """Every window of a stream, endless: rows are numbered by their place in the stream, which is in training order."""
-    for index, first in enumerate(itertools.count(0, batch_rows)):
-        yield Window(0, index, first, tuple(range(first, first + batch_rows)))
+def stream_window(position: Position, batch_rows: int) -> Window:
+    """The window at this position of an endless stream, whose rows are numbered by their place in it: training order."""
+    first = position.first_row
+    return Window(0, position.window, first, tuple(range(first, first + batch_rows)))
 
 
-def planned_windows(rows: int, batch_rows: int, epochs: float) -> int:
-    """Windows in `epochs` epochs, short last windows counted."""
-    return sum(math.ceil(n / batch_rows) for n in epoch_rows(rows, epochs))
+def next_window(position: Position, rows: int, batch_rows: int, seed: int, epochs: float = math.inf) -> Window | None:
+    """The window of at most `batch_rows` rows that begins at this position, None behind the last. It never spans two epochs."""
+    epoch, first = position.epoch, position.first_row
+    if first >= rows_of_epoch(rows, epochs, epoch):
+        epoch, first = epoch + 1, 0
+    end = min(first + batch_rows, rows_of_epoch(rows, epochs, epoch))
+    if first >= end:
+        return None
+    return Window(epoch, position.window, first, tuple(row_order(rows, seed, epoch)[first:end].tolist()))
+
+
+def planned_windows(rows: int, batch: BatchSchedule, epochs: float) -> int:
+    """Windows in `epochs` epochs when each is applied, short last windows counted."""
+    counts = epoch_rows(rows, epochs)
+    if not batch.varies:
+        return sum(math.ceil(count / batch.rows(0.0)) for count in counts)
+    windows, taken, total = 0, 0, sum(counts)
+    for end in itertools.accumulate(counts):
+        while taken < end:
+            taken = min(taken + batch.rows(taken / total), end)
+            windows += 1
+    return windows
 
 
 def deal(rows: Sequence[int], ranks: int, per_device_rows: int) -> list[list[tuple[int, ...]]]:

@@ -13,6 +13,7 @@ from tiny_models import small_recipe
 
 from finetune.check import check
 from finetune.errors import UserError
+from finetune.preflight import advice, first_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = "model: {name_or_path: org/model}\ntraining: {sede: 1, cutoff_len: 3}\n"
@@ -75,6 +76,78 @@ def test_a_launch_file_changes_the_arithmetic(recipe, capsys):
         check(str(recipe), [], str(ROOT / "accelerate_configs" / "zero2.yaml"))
 
 
+def test_the_learning_rate_is_shown_with_its_scaling(recipe, capsys):
+    check(str(recipe), [], None)
+    assert "  schedule   learning rate 0.01, cosine" in capsys.readouterr().out
+    overrides = ["training.learning_rate=2e-4", "training.lr_scaling=sqrt", "training.reference_batch_size=2"]
+    check(str(recipe), overrides, None)
+    assert "  schedule   learning rate 2e-4 x sqrt(8/2) = 4e-4, cosine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.lr_scaling=sqrt", "command line: training.lr_scaling is sqrt, but nothing says which batch"),
+        ("training.reference_batch_size=4", "training.reference_batch_size is 4, but it does nothing without"),
+    ],
+)
+def test_lr_scaling_and_its_reference_need_each_other(recipe, override, words):
+    with pytest.raises(UserError, match=words):
+        check(str(recipe), [override], None)
+
+
+def test_many_micro_batches_without_clipping_are_warned_about_in_one_line(recipe, capsys):
+    many = ["training.global_batch_size=34", "training.per_device_train_batch_size=2", "training.max_grad_norm=0"]
+    check(str(recipe), many, None)
+    warning = capsys.readouterr().out.splitlines()[-1]
+    assert warning.startswith("warning: command line: training.max_grad_norm is 0, so nothing clips the gradient of K=17 ")
+    for fewer in ("training.global_batch_size=32", "training.max_grad_norm=1.0"):
+        settled = first_stage(str(recipe), [o for o in many if not o.startswith(fewer.split("=")[0])] + [fewer], None)
+        assert advice(settled.loaded, settled.batch, settled.max_grad_norm) == []
+
+
+def test_a_batch_that_grows_is_shown_with_its_k(recipe, capsys):
+    check(str(recipe), ["accumulation.schedule=warmup", "accumulation.warmup=[[0.5, 0.25], [1, 1]]"], None)
+    said = capsys.readouterr().out
+    # 40 rows: ten windows of 2, then 8, 8 and 4
+    assert "x 1 rank; 2 rows (K=1) until 0.5 of the run, 8 rows (K=4) until 1 of the run; 13 steps" in said
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("[[0.5, 0.1], [0.5, 1.0]]", r"accumulation.warmup is \[\[0.5, 0.1\], \[0.5, 1.0\]\], but .* must rise"),
+        ("[[0.5, 0.1]]", "the last one is 1.0"),
+        ("[]", "it must be a list of pairs of numbers above 0"),
+        ("[[0.5, 0], [1, 1]]", "it must be a list of pairs of numbers above 0"),
+        ("[0, 2, 4]", "or a list of whole numbers of at least 1"),
+        ("[[0.5], [1, 1]]", "it must be a list of pairs of numbers above 0"),
+        ("3", "it must be a list of pairs of numbers above 0"),
+    ],
+)
+def test_stages_of_the_batch_are_checked(recipe, value, words):
+    with pytest.raises(UserError, match=words):
+        first_stage(str(recipe), ["accumulation.schedule=warmup", f"accumulation.warmup={value}"], None)
+
+
+def test_a_list_of_k_needs_epochs(recipe):
+    listed = ["accumulation.schedule=warmup", "accumulation.warmup=[2, 4]"]
+    first_stage(str(recipe), listed, None)
+    with pytest.raises(UserError, match="accumulation.warmup is .2, 4., but with training.max_steps nothing says when"):
+        first_stage(str(recipe), [*listed, "training.max_steps=4"], None)
+
+
+def test_stages_without_a_schedule_and_schedules_to_come_are_refused(recipe):
+    with pytest.raises(UserError, match="it does nothing without accumulation.schedule: add schedule: warmup"):
+        first_stage(str(recipe), ["accumulation.warmup=[[1.0, 0.5]]"], None)
+    with pytest.raises(UserError, match="accumulation.schedule is 'adaptive'; it must be constant or warmup"):
+        first_stage(str(recipe), ["accumulation.schedule=adaptive"], None)
+
+
+def test_scaling_is_switched_off_by_its_name_alone(recipe):
+    first_stage(str(recipe), ["training.reference_batch_size=4", "training.lr_scaling=none"], None)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -106,7 +179,7 @@ def test_json_is_one_document_on_stdout(recipe):
     good = command("check", recipe, "--json")
     document = json.loads(good.stdout)
     assert good.returncode == 0
-    assert set(document) == {"ok", "problems", "recipe", "launch", "batch", "model", "tokenizer", "data"}
+    assert set(document) == {"ok", "problems", "recipe", "launch", "batch", "warnings", "model", "tokenizer", "data"}
     assert document["ok"] and document["data"]["planned_steps"] == 5 and document["launch"]["ranks"] == 1
     bad = command("check", recipe, "training.sede=1", "--json")
     document = json.loads(bad.stdout)

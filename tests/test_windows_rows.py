@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.windows import deal, epoch_rows, planned_windows, row_order, windows
+from finetune.schedule import BatchSchedule
+from finetune.windows import Position, Window, deal, epoch_rows, next_window, planned_windows, row_order
 
 ORDER_42_0 = [4, 1, 3, 6, 0, 7, 2, 5]
 ORDER_42_1 = [1, 2, 5, 3, 6, 0, 4, 7]
+
+
+def windows(rows: int, batch_rows: int, seed: int, epochs: float = math.inf) -> Iterator[Window]:
+    """Every window of a run whose batch is always the same."""
+    position = Position()
+    while window := next_window(position, rows, batch_rows, seed, epochs):
+        yield window
+        position = position.after(window, applied=True)
+
+
+def always(rows: int) -> BatchSchedule:
+    return BatchSchedule(((1.0, rows),))
+
+
 COUNTS = st.integers(1, 300)
 SEEDS = st.integers(0, 2**32)
 
@@ -40,7 +56,7 @@ def test_order_stays_the_same_between_versions():
 def test_windows_take_every_row_once_per_epoch_in_order(rows, batch_rows, seed, epochs):
     found = list(windows(rows, batch_rows, seed, epochs))
     assert [w.index for w in found] == list(range(len(found)))
-    assert len(found) == planned_windows(rows, batch_rows, epochs) == epochs * math.ceil(rows / batch_rows)
+    assert len(found) == planned_windows(rows, always(batch_rows), epochs) == epochs * math.ceil(rows / batch_rows)
     for epoch in range(epochs):
         of_epoch = [w for w in found if w.epoch == epoch]
         assert [r for w in of_epoch for r in w.rows] == row_order(rows, seed, epoch).tolist()
@@ -63,7 +79,7 @@ def test_a_fractional_epoch_takes_its_share_and_at_least_one_row(rows, epochs, w
     assert epoch_rows(rows, epochs) == wanted
     found = list(windows(rows, 4, 0, epochs))
     assert sum(len(w.rows) for w in found) == sum(wanted)
-    assert len(found) == planned_windows(rows, 4, epochs)
+    assert len(found) == planned_windows(rows, always(4), epochs)
 
 
 def test_a_fractional_epoch_takes_the_first_rows_of_that_epochs_order():
@@ -100,3 +116,12 @@ def test_one_rank_k8_two_ranks_k4_and_eight_ranks_k1_see_the_same_rows_per_windo
         assert seen[0] == seen[1] == seen[2] == sorted(window.rows)
         if len(window.rows) == 16:
             assert [len(deal(window.rows, n, 2)[0]) for n in (1, 2, 8)] == [8, 4, 1]
+
+
+def test_a_skipped_window_uses_up_rows_but_is_no_step_and_no_progress():
+    # windows of 4, 4 and 2 rows; the second one applies nothing
+    position, seen = Position(), []
+    for window in windows(10, 4, seed=1, epochs=1):
+        position = position.after(window, applied=window.index != 1)
+        seen.append((position.window, position.step, position.applied_rows, position.skipped_in_a_row))
+    assert seen == [(1, 1, 4, 0), (2, 1, 4, 1), (3, 2, 6, 0)]
