@@ -80,12 +80,13 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
     tokenizer = model.load_tokenizer(loaded)
     prepared = data.prepare(loaded.sample(4 * batch.per_device_rows * batch.ranks * steps), tokenizer, _to_stderr)
     rows = _rows(prepared.train, None if folder is None else SHORT_ROW_TOKENS)
-    changes = [*overrides, *SGD] + ["lora.dropout=0.0"] * (loaded.recipe.lora is not None)
+    changes = [*SGD] + ["lora.dropout=0.0"] * (loaded.recipe.lora is not None)
     max_token_id = prepared.summary["max_token_id"]
     if folder is not None:
         shrink(loaded, folder, max_token_id + 1)
         changes += [f"model.name_or_path={folder}", "model.revision=main"]
-    small = recipe.load(recipe_path, changes)
+    ours = {change.partition("=")[0] for change in changes}  # a key may be given once
+    small = recipe.load(recipe_path, [o for o in overrides if o.partition("=")[0] not in ours] + changes)
     facts = model.facts(small)
     facts = dataclasses.replace(facts, vocabulary=model.needed_vocabulary(small, strategy, facts, tokenizer, max_token_id))
     padding = model.padding_id(tokenizer, facts.vocabulary)

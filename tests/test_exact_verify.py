@@ -48,7 +48,7 @@ def test_a_launch_equals_one_batch(name, recipe, tmp_path):
 
 
 def test_the_real_model_in_one_process(recipe, tmp_path):
-    report = checked(verify(recipe, tmp_path, "--full"))
+    report = checked(verify(recipe, tmp_path, "--full", "training.optim=adamw"))
     assert report["model"] == "Gemma3ForCausalLM"
     assert max(case["gradient_difference"] for case in report["cases"]) < 2e-6
 
