@@ -58,6 +58,33 @@ def check(
 
 
 @app.command()
+def verify(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    launch: Annotated[Optional[str], typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
+    full: Annotated[bool, typer.Option("--full", help="the real model and row lengths, not shrunk ones")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
+    """Compare accumulated gradients with one big batch, on this machine, under this launch."""
+
+    def body() -> None:
+        from finetune.errors import UserError
+
+        if is_launched() and launch is not None:
+            raise UserError("--launch: this process is already one rank of a launch. Drop it.")
+        if launch is None:
+            from finetune.verify import verify as verify_recipe
+
+            verify_recipe(recipe, overrides or [], full, as_json)
+        else:
+            from finetune.launching import launch_verify
+
+            launch_verify(recipe, overrides or [], launch, full, as_json)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
 def data(
     recipe: Recipe,
     overrides: Overrides = None,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from finetune.errors import FinetuneError
 
 STATUS_FILE = "FINETUNE_STATUS_FILE"  # environment variable: where rank 0 leaves its exit status and message
+REPORT_FILE = "FINETUNE_REPORT_FILE"  # environment variable: where a launched command leaves what its launcher shall print
 GRACE_SECONDS = 10.0
 
 

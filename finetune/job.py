@@ -13,6 +13,7 @@ from finetune.backend import engine as backend_engine
 from finetune.backend.deepspeed import parameter_elements
 from finetune.backend.kernels import optimizer_name
 from finetune.backend.probe import has_accelerator
+from finetune.backend.selfcheck import check_scale
 from finetune.data import PreparedData, StreamRows, TokenRows
 from finetune.errors import UserError
 from finetune.launch import Strategy
@@ -44,6 +45,7 @@ class Job:
     plan: Plan
     engine: backend_engine.Engine
     description: dict
+    scale_check: str = ""  # what the start-up check saw
 
     @property
     def schedule(self) -> Schedule:
@@ -148,13 +150,13 @@ def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
 
 
 def assemble(plan: Plan, say: Callable[[str], None]) -> Job:
-    """Start the engine, load the model, build the optimizer, prepare. A collective. Raises UserError."""
-    engine = backend_engine.start(
-        plan.strategy, plan.batch.accumulation_steps, plan.batch.per_device_rows, plan.max_grad_norm, say
-    )
+    """Check the engine's scale, start it, load the model, build the optimizer, prepare. A collective. Raises UserError."""
+    settings = (plan.strategy, plan.batch.accumulation_steps, plan.batch.per_device_rows, plan.max_grad_norm, say)
+    scale_check = check_scale(*settings)
+    engine = backend_engine.start(*settings)
     network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
     trained, parameters = model.parameter_counts(network, parameter_elements)
     optimizer = make_optimizer(network, plan.loaded.recipe, plan.strategy)
     name = optimizer_name(optimizer)
     engine.prepare(SummedLoss(network), optimizer)
-    return Job(plan, engine, {"parameters": parameters, "trained_parameters": trained, "optimizer": name})
+    return Job(plan, engine, {"parameters": parameters, "trained_parameters": trained, "optimizer": name}, scale_check)

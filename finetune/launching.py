@@ -1,4 +1,4 @@
-"""`finetune train --launch X`: check first, start `accelerate launch`, end with the trainer's own status and message."""
+"""`finetune train --launch X`, `finetune verify --launch X`: check first, start `accelerate launch`, end with the trainer's own status and message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.errors import FinetuneError
-from finetune.exits import STATUS_FILE
+from finetune.exits import REPORT_FILE, STATUS_FILE
+from finetune.launch import Strategy
 from finetune.preflight import first_stage
 
 
@@ -34,21 +35,42 @@ def free_port() -> int:
 def launch_train(recipe_path: str, overrides: Sequence[str], launch_file: str | None) -> None:
     """Check recipe and launch file, then launch the trainer and wait. Raises FinetuneError with its status."""
     strategy = first_stage(recipe_path, overrides, launch_file).strategy
-    trainer = str(Path(__file__).resolve().parent / "train.py")
+    _launch(strategy, launch_file, [str(Path(__file__).resolve().parent / "train.py"), recipe_path, *overrides], {})
+
+
+def launch_verify(recipe_path: str, overrides: Sequence[str], launch_file: str, full: bool, as_json: bool) -> None:
+    """Check recipe and launch file, launch the verification, print its report. Raises FinetuneError with its status."""
+    strategy = first_stage(recipe_path, overrides, launch_file).strategy
+    options = ["--full"] * full + ["--json"] * as_json
+    # -m finds the package in an uninstalled checkout too
+    above = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        report = Path(folder) / "report"
+        extra = {"PYTHONPATH": os.pathsep.join(above), REPORT_FILE: str(report)}
+        try:
+            # the launcher, too, imports DeepSpeed, which prints to stdout: only the report belongs there
+            _launch(strategy, launch_file, ["-m", "finetune", "verify", recipe_path, *overrides, *options], extra, stdout=2)
+        finally:
+            if report.exists():
+                print(report.read_text(), flush=True)
+
+
+def _launch(strategy: Strategy, launch_file: str | None, program: list[str], extra_environment: dict[str, str],
+            stdout: int | None = None) -> None:  # fmt: skip
     if launch_file is None:
-        command = [sys.executable, trainer, recipe_path, *overrides]
+        command = [sys.executable, *program]
     else:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch_file]
         if strategy.ranks > 1 and strategy.machines == 1:
             command += ["--main_process_port", str(free_port())]  # 29500, the default, is everybody's
-        command += [trainer, recipe_path, *overrides]
+        command += program
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         status_file = Path(folder) / "status.json"
-        environment = dict(os.environ) | {STATUS_FILE: str(status_file)}
+        environment = dict(os.environ) | {STATUS_FILE: str(status_file)} | extra_environment
         environment["FINETUNE_REQUESTED_PROCESSES"] = str(strategy.ranks)
-        code = subprocess.run(command, env=environment).returncode
+        code = subprocess.run(command, env=environment, stdout=stdout).returncode
         status = json.loads(status_file.read_text()) if status_file.exists() else None
     if status is not None and status["exit_code"]:
         raise LaunchedRunFailed(status["exit_code"], status["message"])
     if code:
-        raise LaunchedRunFailed(code if code > 0 else 128 - code, f"the trainer ended with status {code} and no message")
+        raise LaunchedRunFailed(code if code > 0 else 128 - code, f"the launched process ended with status {code} and no message")

@@ -172,6 +172,7 @@ def _document(job) -> dict:
             "model": dataclasses.asdict(plan.facts) | job.description,
             "data": plan.data.summary,
             "max_grad_norm": plan.max_grad_norm,
+            "scale_check": job.scale_check,
         },
     }
 

@@ -21,7 +21,8 @@ from finetune.backend import engine as backend
 from finetune.backend.parents import launched_by
 from finetune.backend.probe import prepare_libraries
 from finetune.data import Row
-from finetune.objectives import SummedLoss, sft_loss, trained_tokens
+from finetune.objectives import SummedLoss, trained_tokens
+from finetune.one_batch import Reference, change, relative
 from finetune.optim import make_optimizer
 from finetune.windows import deal
 
@@ -65,48 +66,6 @@ def ragged_rows(count: int, vocabulary: int) -> list[Row]:
     return rows
 
 
-def relative(found: dict, wanted: dict) -> float:
-    """Relative L2 difference of two sets of tensors."""
-    difference = sum(float((found[n].double() - wanted[n].double()).square().sum()) for n in wanted)
-    return (difference / sum(float(t.double().square().sum()) for t in wanted.values())) ** 0.5
-
-
-def change(before: dict, after: dict) -> dict:
-    return {n: after[n].double() - before[n].double() for n in before}
-
-
-class Reference:
-    """One big batch per window, plain torch, one process."""
-
-    def __init__(self, loaded, strategy):
-        from transformers.integrations import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()  # or zero.Init would shard the reference
-        self.network = model.load_model(loaded, launch.one_process(), model.facts(loaded), torch.device("cpu"))
-        self.optimizer = make_optimizer(self.network, loaded.recipe, launch.one_process())
-        self.limit = loaded.recipe.training.max_grad_norm
-
-    def state(self) -> dict:
-        return {n: p.detach().clone() for n, p in self.network.named_parameters() if p.requires_grad}
-
-    def load(self, state: dict) -> None:
-        """Go to these weights, bit for bit."""
-        with torch.no_grad():
-            for name, parameter in self.network.named_parameters():
-                if name in state:
-                    parameter.copy_(state[name])
-
-    def step(self, rows: list[Row]) -> tuple[float, float]:
-        batch = data.collate(rows, 0)
-        loss = sft_loss(self.network, batch) / trained_tokens(batch)
-        loss.backward()
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item(), norm.item()
-
-
 def denominators(case: Case, engine, share: list, tokens: float) -> list[float]:
     """What each micro-batch is divided by: the window's tokens, unless the case breaks it."""
     if case.broken == "mean of means":
@@ -138,12 +97,15 @@ def run_case(case: Case, recipe_path: str, strategy) -> dict:
         results.append({"rows": count, "K": len(batches), "loss": loss, "norm": engine.grad_norm(), "applied": engine.applied})
     rank = engine.rank
     engine.release()
-    return compare(case, loaded, strategy, rows, states, results) if rank == 0 else {}
+    return compare(case, loaded, rows, states, results) if rank == 0 else {}
 
 
-def compare(case: Case, loaded, strategy, rows: list[Row], states: list[dict], results: list[dict]) -> dict:
+def compare(case: Case, loaded, rows: list[Row], states: list[dict], results: list[dict]) -> dict:
     """Every window's update from the same weights, and the weights after at most four windows on the reference's own path."""
-    reference = Reference(loaded, strategy)
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # or zero.Init would shard the reference
+    reference = Reference(loaded, model.facts(loaded))
     start, first = relative(states[0], reference.state()), 0
     parts = []
     for result in results:
