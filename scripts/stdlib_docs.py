@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Iterator
+
+PYTHON = "/usr/bin/python3"  # stands for this interpreter's place, which is the default of some arguments
 
 # Named one by one, because importing everything has side effects (`antigravity` opens a browser, `this` prints).
 MODULES = """
@@ -133,6 +136,7 @@ def _entry(module: str, name: str, kind: str, value: object, seen: set[int]) -> 
         return
     seen.add(id(value))
     signature, arguments = _signature(value, kind)
+    signature = signature.replace(sys.executable, PYTHON)
     if not signature:
         head, rest = _signature_in_doc(doc, name.rsplit(".", 1)[-1])
         signature, doc = head, rest or doc
