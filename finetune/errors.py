@@ -24,12 +24,6 @@ class UserError(FinetuneError):
         super().__init__("\n".join(self.messages))
 
 
-class StopRequested(FinetuneError):
-    """The run was asked to stop and has saved what it needs to continue."""
-
-    exit_code = 3
-
-
 class Diverged(FinetuneError):
     """Training left the finite numbers, or a verification failed. Nothing non-finite was written."""
 

@@ -14,6 +14,7 @@ from finetune.errors import FinetuneError
 STATUS_FILE = "FINETUNE_STATUS_FILE"  # environment variable: where rank 0 leaves its exit status and message
 REPORT_FILE = "FINETUNE_REPORT_FILE"  # environment variable: where a launched command leaves what its launcher shall print
 GRACE_SECONDS = 10.0
+INTERRUPTED = 130  # Ctrl-C: the shell's own convention, 128 + SIGINT
 
 
 def is_launched() -> bool:
@@ -29,7 +30,7 @@ def guarded(body: Callable[[], None]) -> int:
     except FinetuneError as error:
         return end_with(error.exit_code, str(error))
     except KeyboardInterrupt:
-        return end_with(130, "interrupted")
+        return end_with(INTERRUPTED, "interrupted")
     except Exception:  # noqa: BLE001 - a bug: its traceback is the message
         text = traceback.format_exc().strip()
         return end_with(1, text, for_launcher=text.splitlines()[-1])

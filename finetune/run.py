@@ -15,7 +15,7 @@ from pathlib import Path
 from finetune import launch, recipe
 from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import UserError
-from finetune.exits import guarded
+from finetune.exits import INTERRUPTED, guarded
 from finetune.launch import Strategy
 from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
@@ -66,9 +66,10 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     files.start(loaded.dump())
     try:
         summary = _train_and_export(job, files, console, output_dir)
-    except BaseException as error:
+    except BaseException as error:  # however it ends, run.json says so; then it goes on its way
         console.end_bar()
-        files.update(status="failed", exit_code=getattr(error, "exit_code", 1), message=str(error))
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+        files.update(status="failed", exit_code=code, message=str(error))
         raise
     files.update(status="done", exit_code=0, summary=summary)
     job.engine.wait()

@@ -83,7 +83,8 @@ def test_the_folder_is_whole(runs, name):
 def test_generate_prints_answers_and_nothing_else(runs, name):
     result = finetune("generate", runs[name] / "model", "the quick brown", "--max-new-tokens", "8")
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 1  # perhaps empty: a model this small may end its turn at once
+    assert len(result.stdout.splitlines()) == 1
+    assert result.stdout.strip() or name != "full"  # barely tuned adapters may end the turn at once
     assert "<|" not in result.stdout
     assert result.stderr == ""
 
