@@ -71,10 +71,14 @@ class Job:
         """The window at this position of the run; None when its rows are used up, which never happens with max_steps."""
         training = self.plan.loaded.recipe.training
         epochs = math.inf if training.max_steps is not None else training.num_train_epochs
-        rows = self.schedule.batch_rows(position.step, position.applied_rows)
+        rows = self.schedule.batch_rows(position.step, position.applied_rows, position.noise.doublings)
         if self.plan.loaded.recipe.data.streaming:
             return stream_window(position, rows)
         return next_window(position, len(self.train_rows), rows, self.seed, epochs)
+
+    def measures_noise(self, window: Window) -> bool:
+        """Whether this window's gradients are watched for the noise scale."""
+        return self.schedule.batch.adapts and window.index % self.schedule.batch.measure_every == 0
 
     def epoch_after(self, window: Window) -> float:
         """Passes over the training rows when `window` is done; 0 for a stream, whose length nobody knows."""
@@ -145,13 +149,14 @@ def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
         total_rows=total_rows,
         batch=sizes,
         scaling=lr_scaling(training),
-        warmup_share=training.warmup_ratio if sizes.varies and training.warmup_steps is None else None,
+        warmup_share=training.warmup_ratio if (sizes.varies or sizes.adapts) and training.warmup_steps is None else None,
     )
 
 
 def assemble(plan: Plan, say: Callable[[str], None]) -> Job:
     """Check the engine's scale, start it, load the model, build the optimizer, prepare. A collective. Raises UserError."""
-    settings = (plan.strategy, plan.batch.accumulation_steps, plan.batch.per_device_rows, plan.max_grad_norm, say)
+    most_steps = plan.batch.steps(plan.schedule.batch.largest_rows)
+    settings = (plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, say)
     scale_check = check_scale(*settings)
     engine = backend_engine.start(*settings)
     network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from finetune import noise_scale
+from finetune.backend.gradient_watch import GradientWatch
 from finetune.errors import Diverged
 from finetune.job import Job
 from finetune.objectives import trained_tokens
+from finetune.noise_scale import NoiseState
 from finetune.windows import Position, Window, deal
 
 MAX_SKIPPED_IN_A_ROW = 50  # fp16's loss scaler halves its scale at each: far below any useful one by then
@@ -35,6 +38,7 @@ class StepResult:
     gradient_accumulation_steps: int
     step_seconds: float
     applied: bool
+    position: Position  # behind this window
 
 
 def train(job: Job) -> Iterator[StepResult]:
@@ -42,7 +46,7 @@ def train(job: Job) -> Iterator[StepResult]:
     position = Position()
     while not job.schedule.finished(position.step, position.applied_rows) and (window := job.next_window(position)):
         result = train_window(job, window, position)
-        position = position.after(window, result.applied)
+        position = result.position
         _refuse_divergence(job, result, position.skipped_in_a_row)
         yield result
 
@@ -52,16 +56,20 @@ def train_window(job: Job, window: Window, position: Position) -> StepResult:
     started = time.perf_counter()
     engine = job.engine
     micro_batches = job.micro_batches(window)  # this rank's share; the same number on every rank
-    learning_rate = job.schedule.learning_rate(position.step, position.applied_rows)
+    learning_rate = job.schedule.learning_rate(position.step, position.applied_rows, position.noise.doublings)
     tokens, input_tokens = engine.total(
         sum(trained_tokens(batch) for batch in micro_batches),
         sum(int(batch["attention_mask"].sum()) for batch in micro_batches if trained_tokens(batch)),
     )
     engine.set_lr(learning_rate)
+    watch = engine.watch_gradients(tokens) if job.measures_noise(window) else None
     summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     for k, micro_batch in enumerate(micro_batches):
         seed_randomness(job.seed, window.index, k, engine.rank)
         summed_loss += engine.micro_step(micro_batch, denominator=tokens, last=k == len(micro_batches) - 1)
+        if watch:
+            watch.end_micro_batch(trained_tokens(micro_batch))
+    noise = _measure_noise(job, position, watch, tokens, len(window.rows)) if watch else position.noise
     (loss,) = engine.total(summed_loss / tokens)
     return StepResult(
         step=position.step + engine.applied,
@@ -77,7 +85,21 @@ def train_window(job: Job, window: Window, position: Position) -> StepResult:
         gradient_accumulation_steps=len(micro_batches),
         step_seconds=time.perf_counter() - started,
         applied=engine.applied,
+        position=position.after(window, engine.applied, noise),
     )
+
+
+def _measure_noise(job: Job, position: Position, watch: GradientWatch, tokens: float, rows: int) -> NoiseState:
+    """The noise state behind a watched window, the same on every rank. A collective."""
+    watch.close()
+    engine = job.engine
+    # the norm is summed too: a difference in its last bit would let the ranks choose different batches
+    squares, micro_batches, norm = engine.total(watch.weighted_squares, watch.micro_batches, engine.grad_norm() / engine.ranks)
+    seen = noise_scale.measure(squares, round(micro_batches), tokens, rows, norm) if engine.applied else None
+    sizes = job.schedule.batch
+    if seen is None:
+        return position.noise
+    return noise_scale.adapt(position.noise, seen, job.batch.global_batch_rows, sizes.least_doublings, sizes.most_doublings)
 
 
 def clip_ratio(grad_norm: float, limit: float) -> float:

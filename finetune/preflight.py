@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -41,10 +42,31 @@ def settle(loaded: Loaded, strategy: Strategy) -> Settled:
     """Check the combination and derive the batch. Raises UserError with every problem."""
     problems = compatibility.refusals(loaded, strategy)
     planned = _collect(problems, lambda: plan_batch(loaded, strategy))
+    if planned is not None:
+        problems += _too_few_to_measure(loaded, planned[0])
     if problems or planned is None:
         raise UserError(problems)
     batch, max_grad_norm = planned
     return Settled(loaded, strategy, batch, max_grad_norm)
+
+
+def _too_few_to_measure(loaded: Loaded, batch: BatchPlan) -> list[str]:
+    """An adaptive batch needs two micro-batches with rows in its smallest window: noise is what they differ by."""
+    accumulation = loaded.recipe.accumulation
+    if accumulation.schedule != "adaptive":
+        return []
+    schedule = batch_schedule(accumulation, batch.global_batch_rows, loaded.recipe.training.num_train_epochs)
+    smallest = schedule.rows(0.0, schedule.least_doublings)
+    if smallest > batch.per_device_rows:
+        return []
+    key = "accumulation.smallest"
+    enough = 2.0 ** math.ceil(math.log2((batch.per_device_rows + 1) / batch.global_batch_rows))
+    change = f"Use smallest {enough:g}, or a smaller micro-batch." if enough <= 1 else "Use a smaller micro-batch."
+    return [
+        f"{loaded.where(key)}: {key} is {accumulation.smallest:g}, so the smallest batch is {smallest} row{'s' * (smallest != 1)}, one"
+        f" micro-batch of {batch.per_device_rows}. The gradient noise is measured between the micro-batches of a window: at least two"
+        f" must have rows. {change}"
+    ]
 
 
 def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
@@ -52,14 +74,14 @@ def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
     training = loaded.recipe.training
     line = lr_scaling(training).line(training.learning_rate, batch.global_batch_rows)
     smaller = training.lr_scaling != "none" and loaded.recipe.accumulation.schedule != "constant"
-    return line + (" (less with the smaller batches before)" if smaller else "")
+    return line + (" (and with the batch from step to step)" if smaller else "")
 
 
 def batch_line(loaded: Loaded, batch: BatchPlan) -> str:
-    """The global batch and its factors, and the smaller ones on the way to it."""
+    """The global batch and its factors, and the others that the schedule brings."""
     epochs = loaded.recipe.training.num_train_epochs
     schedule = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, epochs)
-    return batch.line() + (f"; {batch.stages_line(schedule)}" if schedule.varies else "")
+    return batch.line() + (f"; {batch.stages_line(schedule)}" if schedule.varies or schedule.adapts else "")
 
 
 def advice(loaded: Loaded, batch: BatchPlan, max_grad_norm: float) -> list[str]:

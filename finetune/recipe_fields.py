@@ -188,14 +188,21 @@ class TrainingSection(Section):
 class AccumulationSection(Section):
     """How many rows a step takes over the run. K, the micro-batches per step, always follows from the rows."""
 
-    schedule: Literal["constant", "warmup"] = "constant"
-    """constant: the global batch from the first step on. warmup: small batches first, as `warmup` says."""
+    schedule: Literal["constant", "warmup", "adaptive"] = "constant"
+    """constant: the global batch from the first step on. warmup: small batches first, as `warmup` says. adaptive: the global batch
+    first, then half or twice as much whenever the measured gradient noise scale is far from it."""
     warmup: Annotated[list[Stage], Field(min_length=1)] | Annotated[list[PositiveInt], Field(min_length=1)] = [
         [0.25, 0.1], [0.5, 0.2], [1.0, 1.0]
     ]  # fmt: skip
     """Pairs: until this share of the run, steps take this share of the global batch (rounded to rows, at least one). Or one K
     per epoch, such as [2, 4, 6, 8] for min(2 * epoch, 8): the greatest stands for the global batch, the others for their
     share of it, and the last goes on."""
+    smallest: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """adaptive: the batch is never below this share of the global batch. Sizes are the global batch times powers of two."""
+    largest: Annotated[float, Field(ge=1)] = 4.0
+    """adaptive: the batch is never above this multiple of the global batch."""
+    measure_every: PositiveInt = 5
+    """adaptive: windows between two measurements of the gradient noise; each reads the gradients of a window's micro-batches."""
 
     @property
     def by_epoch(self) -> bool:

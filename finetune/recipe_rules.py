@@ -69,6 +69,26 @@ RECIPE_ROWS = (
         reason="it does nothing without accumulation.schedule",
         instead="add schedule: warmup, or leave it out",
     ),
+    *(
+        RecipeRow(
+            recipe=f"accumulation.{name} without accumulation.schedule",
+            key=f"accumulation.{name}",
+            holds=lambda recipe, name=name: name in recipe.accumulation.model_fields_set
+            and "schedule" not in recipe.accumulation.model_fields_set,  # a written schedule says that it is meant to do nothing
+            reason="it does nothing without accumulation.schedule: adaptive",
+            instead="add schedule: adaptive, or leave it out",
+        )
+        for name in ("smallest", "largest", "measure_every")
+    ),
+    RecipeRow(
+        recipe="schedule: adaptive whose smallest and largest leave one size",
+        key="accumulation.smallest",
+        holds=lambda recipe: recipe.accumulation.schedule == "adaptive"
+        and recipe.accumulation.smallest > 0.5
+        and recipe.accumulation.largest < 2,
+        reason="sizes are the global batch times powers of two, and none but 1 lies between smallest and largest",
+        instead="use smallest 0.5 or less, or largest 2 or more",
+    ),
 )
 
 

@@ -119,7 +119,7 @@ def _train_and_export(job, files, console, output_dir: Path) -> dict:
     for result in train(job):
         last, total_tokens = result, total_tokens + (result.tokens if result.applied else 0)
         speed = result.tokens / result.step_seconds
-        row = dataclasses.asdict(result) | {
+        row = metrics_of(result, job.schedule.batch.adapts) | {
             "total_tokens": total_tokens,
             "tokens_per_second": speed,
             "time": time.time(),
@@ -153,6 +153,15 @@ def _train_and_export(job, files, console, output_dir: Path) -> dict:
         "host_peak_bytes": host_peak_bytes(),
         "model": str(model_dir),
     }
+
+
+def metrics_of(result, adapts: bool) -> dict:
+    """What one window leaves in metrics.jsonl; of an adaptive batch also what it follows, in trained tokens and per token."""
+    noise = result.position.noise
+    row = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name != "position"}
+    if adapts:
+        row |= {"gradient_noise_scale": noise.scale_tokens, "gradient_noise": noise.noise, "gradient_signal": noise.signal}
+    return row
 
 
 def _document(job) -> dict:

@@ -38,10 +38,24 @@ class BatchSchedule:
     """Rows per optimizer step over the run: `(until, rows)` stages, each until that share of the run, the last until 1."""
 
     stages: tuple[tuple[float, int], ...]
+    least_doublings: int = 0  # of the adaptive batch: between these it follows the gradient noise scale
+    most_doublings: int = 0
+    measure_every: int = 1  # windows between two measurements of the noise
 
-    def rows(self, progress: float) -> int:
-        """Scheduled rows of the step before which `progress` of the run is done."""
-        return next((rows for until, rows in self.stages if progress < until), self.stages[-1][1])
+    def rows(self, progress: float, doublings: int = 0) -> int:
+        """Scheduled rows of the step before which `progress` of the run is done, at so many doublings of an adaptive batch."""
+        rows = next((rows for until, rows in self.stages if progress < until), self.stages[-1][1])
+        return max(1, round(rows * 2.0**doublings))
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the batch follows the gradient noise scale."""
+        return self.least_doublings < self.most_doublings
+
+    @property
+    def largest_rows(self) -> int:
+        """Rows of the largest step that can come."""
+        return max(self.rows(until - 1e-9, self.most_doublings) for until, _ in self.stages)
 
     @property
     def varies(self) -> bool:
@@ -53,6 +67,10 @@ def batch_schedule(accumulation: AccumulationSection, global_batch_rows: int, ep
 
     A function of the global batch and not of ranks or micro-batches, so that a run is the same on any number of ranks.
     """
+    if accumulation.schedule == "adaptive":
+        # sizes are the global batch times a power of two, so that few of them come and each is met again
+        least, most = math.ceil(math.log2(accumulation.smallest)), math.floor(math.log2(accumulation.largest))
+        return BatchSchedule(((1.0, global_batch_rows),), least, most, accumulation.measure_every)
     stages = accumulation.warmup if accumulation.schedule == "warmup" else [[1.0, 1.0]]
     if accumulation.schedule == "warmup" and accumulation.by_epoch:
         taken = accumulation.warmup[: math.ceil(epochs)]
@@ -93,9 +111,9 @@ class Schedule:
     scaling: LrScaling = LrScaling()
     warmup_share: float | None = None
 
-    def batch_rows(self, step: int, applied_rows: int) -> int:
+    def batch_rows(self, step: int, applied_rows: int, doublings: int = 0) -> int:
         """Scheduled rows of the next window; an epoch's last one may hold fewer."""
-        return self.batch.rows(self.progress(step, applied_rows))
+        return self.batch.rows(self.progress(step, applied_rows), doublings)
 
     def progress(self, step: int, applied_rows: int) -> float:
         """Share of the run done before this step, in [0, 1]."""
@@ -106,10 +124,13 @@ class Schedule:
         """Whether the run has done all it was asked to do."""
         return step >= self.max_steps if self.max_steps is not None else applied_rows >= self.total_rows
 
-    def learning_rate(self, step: int, applied_rows: int) -> float:
-        """Learning rate of optimizer step number `step` (0 for the first), before which `applied_rows` rows were applied."""
+    def learning_rate(self, step: int, applied_rows: int, doublings: int = 0) -> float:
+        """Learning rate of optimizer step number `step` (0 for the first), before which `applied_rows` rows were applied.
+
+        `doublings` says how large an adaptive batch is at this step.
+        """
         progress = self.progress(step, applied_rows)
-        rows = self.batch.rows(progress)  # the scheduled size: a short window keeps the learning rate of its neighbours
+        rows = self.batch.rows(progress, doublings)  # the scheduled size: a short window keeps the learning rate of its neighbours
         if self.warmup_share is not None:
             warm_share = self.warmup_share
             behind = self.progress(step + 1, applied_rows + rows)

@@ -19,6 +19,7 @@ import numpy as np
 from finetune import launch
 from finetune.errors import UserError
 from finetune.launch import Strategy
+from finetune.noise_scale import NoiseState
 from finetune.recipe import Loaded
 from finetune.schedule import BatchSchedule
 
@@ -40,6 +41,10 @@ class BatchPlan:
 
     def stages_line(self, schedule: BatchSchedule) -> str:
         """One line for people: rows and K over the run."""
+        if schedule.adapts:
+            ends = [schedule.rows(0.0, doublings) for doublings in (schedule.least_doublings, schedule.most_doublings)]
+            between = " to ".join(f"{rows} rows (K={self.steps(rows)})" for rows in ends)
+            return f"then {between} by the gradient noise scale, measured every {schedule.measure_every} windows"
         return ", ".join(f"{rows} rows (K={self.steps(rows)}) until {until:.4g} of the run" for until, rows in schedule.stages)
 
     def line(self) -> str:
@@ -70,8 +75,9 @@ class Position:
     first_row: int = 0  # rows of the epoch's order that were taken
     applied_rows: int = 0
     skipped_in_a_row: int = 0
+    noise: NoiseState = NoiseState()  # what an adaptive batch follows
 
-    def after(self, window: Window, applied: bool) -> Position:
+    def after(self, window: Window, applied: bool, noise: NoiseState | None = None) -> Position:
         """The position behind this window. One that applied nothing has used its rows up, but is no step and no progress."""
         return Position(
             step=self.step + applied,
@@ -80,6 +86,7 @@ class Position:
             first_row=window.first_row + len(window.rows),
             applied_rows=self.applied_rows + len(window.rows) * applied,
             skipped_in_a_row=0 if applied else self.skipped_in_a_row + 1,
+            noise=noise or self.noise,
         )
 
 

@@ -137,11 +137,31 @@ def test_a_list_of_k_needs_epochs(recipe):
         first_stage(str(recipe), [*listed, "training.max_steps=4"], None)
 
 
-def test_stages_without_a_schedule_and_schedules_to_come_are_refused(recipe):
+def test_stages_without_a_schedule_and_unknown_schedules_are_refused(recipe):
     with pytest.raises(UserError, match="it does nothing without accumulation.schedule: add schedule: warmup"):
         first_stage(str(recipe), ["accumulation.warmup=[[1.0, 0.5]]"], None)
-    with pytest.raises(UserError, match="accumulation.schedule is 'adaptive'; it must be constant or warmup"):
-        first_stage(str(recipe), ["accumulation.schedule=adaptive"], None)
+    with pytest.raises(UserError, match="accumulation.schedule is 'linear'; it must be constant, warmup or adaptive"):
+        first_stage(str(recipe), ["accumulation.schedule=linear"], None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["accumulation.largest=8"], "accumulation.largest is 8.0, but it does nothing without accumulation.schedule: adaptive"),
+        (["accumulation={schedule: adaptive, smallest: 0.6, largest: 1.5}"], "none but 1 lies between smallest and largest"),
+        (["accumulation={schedule: adaptive, smallest: 2}"], "accumulation.smallest is 2"),
+        (["accumulation={schedule: adaptive}"], "the smallest batch is 2 rows, one micro-batch of 2.*Use smallest 0.5"),
+        (["accumulation={schedule: adaptive}", "training.per_device_train_batch_size=8"], "Use a smaller micro-batch"),
+    ],
+)
+def test_an_adaptive_batch_needs_sizes_between_which_it_can_measure(recipe, overrides, words):
+    with pytest.raises(UserError, match=words):
+        first_stage(str(recipe), overrides, None)
+
+
+def test_an_adaptive_batch_is_planned_with_its_limits(recipe, capsys):
+    check(str(recipe), ["accumulation={schedule: adaptive, smallest: 0.5, largest: 8}"], None)
+    assert "then 4 rows (K=2) to 64 rows (K=32) by the gradient noise scale, measured every 5 windows" in capsys.readouterr().out
 
 
 def test_scaling_is_switched_off_by_its_name_alone(recipe):

@@ -22,6 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Gra
 from torch import Tensor, nn
 
 from finetune.backend import deepspeed as ds
+from finetune.backend.gradient_watch import GradientWatch
 from finetune.backend.probe import check_world, has_accelerator
 from finetune.errors import UserError
 from finetune.launch import Strategy
@@ -80,6 +81,19 @@ class Engine:
         if last:
             self._end_window()
         return summed_loss.detach()
+
+    def watch_gradients(self, denominator: float) -> GradientWatch:
+        """Watch the gradients of one window's micro-batches, each by itself. Call before the window; close it afterwards."""
+        # before the backward it is times N x G / D, and Accelerate or DeepSpeed divides by G; then fp16's scaler multiplies
+        factor = self.ranks / denominator * self._loss_scale()
+        return GradientWatch(self.module.parameters(), self.device, factor)
+
+    def _loss_scale(self) -> float:
+        if not self.scales_loss:
+            return 1.0
+        if self.strategy.engine == "deepspeed":
+            return float(self.accelerator.deepspeed_engine_wrapped.engine.optimizer.loss_scale)
+        return float(self.accelerator.scaler.get_scale())
 
     def _reduce_only_when(self, last: bool) -> contextlib.AbstractContextManager:
         # ZeRO-2 and 3 refuse no_sync; under DeepSpeed the boundary flag (sync_gradients) says the same.
