@@ -13,7 +13,8 @@ from tiny_models import small_recipe
 pytestmark = pytest.mark.slow
 
 KEYS = {"passed", "model", "strategy", "scale", "versions", "cases"}
-CASE_KEYS = {"name", "rows", "micro_batches", "gradient_norm_ratio", "gradient_difference", "tolerance", "passed"}
+CASE_KEYS = {"name", "rows", "micro_batches", "gradient_norm_ratio", "gradient_difference", "weight_difference", "tolerance",
+             "passed"}  # fmt: skip
 LAUNCHES = {
     "DDP": (dict(ranks=2), ()),
     "ZeRO-3 + CPU offload": (dict(ranks=2, zero_stage=3, offload_optimizer="cpu", offload_param="cpu"), ()),
@@ -51,6 +52,7 @@ def test_the_real_model_in_one_process(recipe, tmp_path):
     report = checked(verify(recipe, tmp_path, "--full", "training.optim=adamw"))
     assert report["model"] == "Gemma3ForCausalLM"
     assert max(case["gradient_difference"] for case in report["cases"]) < 2e-6
+    assert 0 < max(case["weight_difference"] for case in report["cases"]) < 1e-6
 
 
 def test_a_wrong_scale_ends_with_status_4(recipe, tmp_path):
@@ -59,4 +61,5 @@ def test_a_wrong_scale_ends_with_status_4(recipe, tmp_path):
     report = json.loads(result.stdout)
     assert not report["passed"]
     assert [round(case["gradient_norm_ratio"], 3) for case in report["cases"]] == [0.25] * 4
+    assert min(case["weight_difference"] for case in report["cases"]) > 1e-2, "a quarter of the update, or clipped less"
     assert "differ from one big batch" in result.stderr
