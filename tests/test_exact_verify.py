@@ -56,10 +56,11 @@ def test_the_real_model_in_one_process(recipe, tmp_path):
 
 
 def test_a_wrong_scale_ends_with_status_4(recipe, tmp_path):
-    result = verify(recipe, tmp_path, program=(ROOT / "tests/launched/broken_verify.py",))
+    unclipped = "training.max_grad_norm=0"  # clipping brings a wrong scale back to the same step, and only the norm tells
+    result = verify(recipe, tmp_path, unclipped, program=(ROOT / "tests/launched/broken_verify.py",))
     assert result.returncode == 4, result.stderr[-4000:]
     report = json.loads(result.stdout)
     assert not report["passed"]
     assert [round(case["gradient_norm_ratio"], 3) for case in report["cases"]] == [0.25] * 4
-    assert min(case["weight_difference"] for case in report["cases"]) > 1e-2, "a quarter of the update, or clipped less"
+    assert min(case["weight_difference"] for case in report["cases"]) > 1e-2
     assert "differ from one big batch" in result.stderr
