@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Accumulation against one big batch under every engine, precision, rank count, kind of training and K: docs/benchmarks/exactness.md.
+"""Accumulation against one big batch under every engine, precision, rank count, kind of training and K.
 
     python scripts/exactness.py [--quick] [--seed 5] [--windows 2] [--output docs/benchmarks]
 
-24 launches of two ranks at most on the CPU, 10 to 25 minutes; --quick takes the launches of the test set. Needs the test requirements.
+Writes exactness.md and exactness.json. 24 launches of at most two ranks on the CPU, 10 to 25 minutes; --quick takes the
+launches of the test set. Needs the test requirements.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def page(found: list[dict], command: str) -> str:
     head = f"""\
 # Exactness of gradient accumulation
 
-Written by `{command}` on {datetime.date.today()}, on a CPU; {versions}. {len(found)} launches: {'; '.join(r['launch'] for r in found)}.
+Written by `{command}` on {datetime.date.today()}, on a CPU; {versions}.
+{len(found)} launches: {'; '.join(r['launch'] for r in found)}.
 
 Relative L2 differences from one big float32 batch without an engine; the worst over ranks and over windows of K = 1, 3, 8, 17 and
 random ones, with ragged rows, rows without a trained token and empty micro-batches (configured steps 8). A tiny Llama; the model
@@ -148,7 +150,8 @@ def main() -> None:
             print(f"{launch.name}: done", flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "exactness.json").write_text(json.dumps(found) + "\n")
-    command = " ".join(["python scripts/exactness.py"] + ["--quick"] * options.quick + [f"--seed {options.seed} --windows {options.windows}"])
+    chosen = ["--quick"] * options.quick + [f"--seed {options.seed}", f"--windows {options.windows}"]
+    command = " ".join(["python scripts/exactness.py", *chosen])
     (options.output / "exactness.md").write_text(page(found, command))
     print(f"worst float32 figure {worst_float32(found):.2e}, limit {AGAINST_FLOAT32['no']:.0e}")
     if worst_float32(found) > AGAINST_FLOAT32["no"]:

@@ -87,8 +87,9 @@ def long_windows(strategy) -> list[Case]:
     found = []
     for rows, yardstick in (("random", Case("random, one batch", *settings, long, one_batch=True)),
                             ("repeated", Case("repeated, one micro-batch", *settings, short))):  # fmt: skip
-        found += [yardstick] + [Case(f"{rows}, {buffer or 'our'} buffer", *settings, long, buffer=buffer, repeated=rows == "repeated",
-                                     yardstick=yardstick.name) for buffer in ("", "bf16")]  # fmt: skip
+        found.append(yardstick)
+        found += [Case(f"{rows}, {buffer or 'our'} buffer", *settings, long, buffer=buffer, repeated=rows == "repeated",
+                       yardstick=yardstick.name) for buffer in ("", "bf16")]  # fmt: skip
     return found
 
 
