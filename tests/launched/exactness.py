@@ -134,4 +134,5 @@ def main() -> None:
         Path(out).write_text(json.dumps({"ranks": strategy.ranks, "engine": strategy.engine, "cases": found}))
 
 
-main()
+if __name__ == "__main__":
+    main()
