@@ -191,4 +191,5 @@ def main() -> None:
         Path(out).write_text(json.dumps(text))
 
 
-main()
+if __name__ == "__main__":
+    main()
