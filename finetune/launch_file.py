@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.foreign_names import NO_ZENFLOW
 from finetune.recipe_yaml import Document, KeyPath, dotted, parse
 from finetune.suggest import closest
 
@@ -102,7 +103,9 @@ def check_keys(file: LaunchFile) -> None:
     """Refuses keys that accelerate does not know (it stops, or ignores them) and ways to train that we do not have."""
     known = INERT | READ | UNSUPPORTED
     for key, value in file.values.items():
-        if key in UNSUPPORTED and value and value not in ("no", "NO", {"dynamo_backend": "NO"}):
+        if key == "zenflow":
+            file.refuse(key, f"zenflow is not supported here. {NO_ZENFLOW}")
+        elif key in UNSUPPORTED and value and value not in ("no", "NO", {"dynamo_backend": "NO"}):
             file.refuse(key, f"{key} is not supported here; see accelerate_configs/ for what is.")
         elif key in DEEPSPEED_KEYS:
             file.refuse(key, f"{key} belongs under deepspeed_config.")
@@ -114,7 +117,9 @@ def check_keys(file: LaunchFile) -> None:
     if section is not None and not isinstance(section, dict):
         file.refuse("deepspeed_config", f"deepspeed_config is {_show(section)}; it must be a mapping.")
     for key in file.deepspeed:
-        if key == "deepspeed_config_file":
+        if key == "zenflow":
+            file.refuse(("deepspeed_config", key), f"deepspeed_config.zenflow is not supported here. {NO_ZENFLOW}")
+        elif key == "deepspeed_config_file":
             advice = "write its settings under deepspeed_config, as accelerate_configs/zero3_offload.yaml does."
             file.refuse(("deepspeed_config", key), f"deepspeed_config.{key} is not supported here; {advice}")
         elif key not in DEEPSPEED_KEYS:

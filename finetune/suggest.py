@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from finetune.foreign_names import FOREIGN, SAID_IN_WORDS
+from finetune.foreign_names import FOREIGN, NO_ZENFLOW, SAID_IN_WORDS
 
 # Keys that are planned but do nothing yet; they do not exist until they work.
 LATER = frozenset(
@@ -45,6 +45,7 @@ def suggest(section: str, key: str, own: Mapping[str, Iterable[str]]) -> str:
 def suggest_inside(value: Any, own: Mapping[str, Iterable[str]], limit: int = 8) -> str:
     """For an unknown section: where the keys in it belong, as a sentence (empty when none is recognised)."""
     found: dict[str, str] = {}
+    refused = ""
     todo = [value]
     while todo:
         holder = todo.pop(0)
@@ -53,8 +54,10 @@ def suggest_inside(value: Any, own: Mapping[str, Iterable[str]], limit: int = 8)
                 todo.append(item)
             if isinstance(key, str) and (target := _target(_plain(key), own)):
                 found.setdefault(key, target)
+            elif key == "zenflow":
+                refused = f" {NO_ZENFLOW}"
     pairs = [f"{key} is {target}" for key, target in list(found.items())[:limit]]
-    return f" Inside it, {', '.join(pairs)}." if pairs else ""
+    return (f" Inside it, {', '.join(pairs)}." if pairs else "") + refused
 
 
 def _plain(key: str) -> str:
