@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,19 +39,23 @@ class StepResult:
     step_seconds: float
     applied: bool
     position: Position  # behind this window
+    stop: bool  # whether a rank was asked to stop; the same on every rank
 
 
-def train(job: Job) -> Iterator[StepResult]:
-    """Train until the schedule ends, yielding after every window. Raises Diverged at the first number that is not finite."""
-    position = Position()
+def train(job: Job, position: Position, stop: Callable[[], bool]) -> Iterator[StepResult]:
+    """Train from `position` until the schedule ends, yielding after every window; `stop` is this rank's wish.
+
+    Raises Diverged at the first number that is not finite.
+    """
+    job.engine.settle_buckets(job.collate(job.train_rows, ()))
     while not job.schedule.finished(position.step, position.applied_rows) and (window := job.next_window(position)):
-        result = train_window(job, window, position)
+        result = train_window(job, window, position, stop)
         position = result.position
         _refuse_divergence(job, result, position.skipped_in_a_row)
         yield result
 
 
-def train_window(job: Job, window: Window, position: Position) -> StepResult:
+def train_window(job: Job, window: Window, position: Position, stop: Callable[[], bool]) -> StepResult:
     """One window: count its trained tokens over all ranks, then accumulate its micro-batches into one optimizer step."""
     started = time.perf_counter()
     engine = job.engine
@@ -70,7 +74,7 @@ def train_window(job: Job, window: Window, position: Position) -> StepResult:
         if watch:
             watch.end_micro_batch(trained_tokens(micro_batch))
     noise = _measure_noise(job, position, watch, tokens, len(window.rows)) if watch else position.noise
-    (loss,) = engine.total(summed_loss / tokens)
+    loss, stops = engine.total(summed_loss / tokens, stop())
     return StepResult(
         step=position.step + engine.applied,
         window=window.index + 1,
@@ -86,6 +90,7 @@ def train_window(job: Job, window: Window, position: Position) -> StepResult:
         step_seconds=time.perf_counter() - started,
         applied=engine.applied,
         position=position.after(window, engine.applied, noise),
+        stop=stops > 0,
     )
 
 
