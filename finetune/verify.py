@@ -32,13 +32,16 @@ TOLERANCE = {"no": 64 * 2.0**-24, "bf16": 16 * 2.0**-8, "fp16": 16 * 2.0**-11}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One window against one big batch. `gradient_difference` is the relative L2 difference of the clipped gradients."""
+    """One window against one big batch. `gradient_difference` is the relative L2 difference of the clipped gradients,
+    `weight_difference` that of all trained weights after the window's step, both from the same weights before it.
+    """
 
     name: str
     rows: int
     micro_batches: int
     gradient_norm_ratio: float
     gradient_difference: float
+    weight_difference: float
     tolerance: float
     passed: bool
 
@@ -142,9 +145,11 @@ def _case(engine, reference, name: str, rows: list, per_device_rows: int, paddin
     _, wanted_norm = reference.step(rows)
     wanted = change(before, reference.state())
     difference, ratio = relative(change(before, after), wanted), engine.grad_norm() / wanted_norm
+    of_weights = relative(after, reference.state())  # the same error as a share of the weights: no condition of its own
     # the update is the difference of two float32 weights: half a unit in the last place of each is all one can read
     tolerance = TOLERANCE[engine.strategy.mixed_precision] + 2.0**-24 * norm(before) / norm(wanted)
-    return Case(name, len(rows), len(share), ratio, difference, tolerance, max(difference, abs(ratio - 1)) <= tolerance)
+    passed = max(difference, abs(ratio - 1)) <= tolerance
+    return Case(name, len(rows), len(share), ratio, difference, of_weights, tolerance, passed)
 
 
 def shrink(loaded: Loaded, folder: Path, vocabulary: int) -> None:
@@ -209,10 +214,10 @@ def table(report: dict) -> str:
         f"{report['model']} on {describe_strategy(launch.Strategy(**report['strategy']))}: accumulated against one float32 batch",
         f"each summed loss is multiplied by {scale['ranks']} ranks x {scale['configured_steps']} configured steps"
         f" = {scale['loss_times']}, and divided by the window's trained tokens; the engine divides by the former",
-        f"{'window':<20} {'rows':>5} {'K':>4} {'norm ratio':>11} {'difference':>11} {'tolerance':>10}",
+        f"{'window':<20} {'rows':>5} {'K':>4} {'norm ratio':>11} {'difference':>11} {'tolerance':>10} {'weights':>8}",
     ]
     for case in report["cases"]:
         lines.append(f"{case['name']:<20} {case['rows']:>5} {case['micro_batches']:>4} {case['gradient_norm_ratio']:>11.7f}"
-                     f" {case['gradient_difference']:>11.1e} {case['tolerance']:>10.1e}"
+                     f" {case['gradient_difference']:>11.1e} {case['tolerance']:>10.1e} {case['weight_difference']:>8.1e}"
                      f"  {'equal' if case['passed'] else 'DIFFERENT'}")  # fmt: skip
     return "\n".join([*lines, "gradients are exact" if report["passed"] else "GRADIENTS ARE WRONG"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 
 import pytest
 from launch_support import ROOT, accelerate, launch_file
 
 from finetune.backend.selfcheck import KNOWN_BAD, judge, known_of
 from finetune.launch import Strategy
+
+sys.path.append(str(ROOT / "scripts"))
+import deepspeed_versions as measured
 
 ENGINES = {
     "one rank": dict(ranks=1),
@@ -48,7 +52,7 @@ def strategy(stage: int, offload: str = "none") -> Strategy:
 
 
 def test_the_table_of_bad_releases_names_version_stage_and_offload():
-    assert "2.7e-2" in known_of("0.17.6", strategy(1))
+    assert "3.4e-2" in known_of("0.17.6", strategy(2))
     assert known_of("0.17.6", strategy(3, "cpu")) == ""
     assert known_of("0.18.3", strategy(2)) == ""
     assert "0.16.9 to 0.18.5" in known_of("0.18.3", strategy(2, "cpu"))
@@ -56,6 +60,28 @@ def test_the_table_of_bad_releases_names_version_stage_and_offload():
     for row in KNOWN_BAD:
         for stage in row.stages:
             assert known_of("0.19.0", strategy(stage, "cpu" if row.offload else "none")) == ""
+
+
+def test_the_committed_measurements_agree_with_the_table_and_the_page():
+    folder = ROOT / "docs" / "benchmarks"
+    results = json.loads((folder / "deepspeed-versions.json").read_text())
+    wrong = [row for row in results["rows"] if measured.verdict(row.get("ours", row)) in ("wrong", "crashes")]
+    assert len(results["rows"]) == 50 and wrong
+    assert all(measured.agrees(row) for row in results["rows"])
+    assert measured.page(results) == (folder / "deepspeed-versions.md").read_text()
+
+
+def test_a_wrong_version_that_nothing_catches_stands_out():
+    exact, wrong = [{"weight_difference": w, "norm_ratios": [n] * 4} for w, n in ((1e-7, 1.0), (1e-7, 0.5))]
+    passes, refuses = [{"caught": caught, "exit_status": 4 * caught} for caught in (False, True)]
+    row = {"version": "0.19.0", "layout": "ZeRO-2", "ours": exact, "accumulate": exact, "selfcheck": passes, "verify": passes}
+    assert measured.agrees(row) and measured.told(row) == "passes, status 0" and measured.cell(exact) == "1.0e-07"
+    assert not measured.agrees(row | {"ours": wrong}), "AdamW hides a wrong factor, the norm shows it"
+    assert not measured.agrees(row | {"verify": refuses})
+    assert measured.agrees(row | {"version": "0.18.2", "ours": wrong, "selfcheck": refuses, "verify": refuses})
+    crash = {"ours": {"crash": "RuntimeError"}, "selfcheck": refuses, "verify": refuses}
+    assert not measured.agrees(row | crash), "caught, but KNOWN_BAD does not say so"
+    assert measured.cell({"crash": "RuntimeError"}) == "**crashes**"
 
 
 def test_a_weight_that_is_not_a_number_is_wrong():

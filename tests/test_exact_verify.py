@@ -13,7 +13,8 @@ from tiny_models import small_recipe
 pytestmark = pytest.mark.slow
 
 KEYS = {"passed", "model", "strategy", "scale", "versions", "cases"}
-CASE_KEYS = {"name", "rows", "micro_batches", "gradient_norm_ratio", "gradient_difference", "tolerance", "passed"}
+CASE_KEYS = {"name", "rows", "micro_batches", "gradient_norm_ratio", "gradient_difference", "weight_difference", "tolerance",
+             "passed"}  # fmt: skip
 LAUNCHES = {
     "DDP": (dict(ranks=2), ()),
     "ZeRO-3 + CPU offload": (dict(ranks=2, zero_stage=3, offload_optimizer="cpu", offload_param="cpu"), ()),
@@ -51,12 +52,15 @@ def test_the_real_model_in_one_process(recipe, tmp_path):
     report = checked(verify(recipe, tmp_path, "--full", "training.optim=adamw"))
     assert report["model"] == "Gemma3ForCausalLM"
     assert max(case["gradient_difference"] for case in report["cases"]) < 2e-6
+    assert 0 < max(case["weight_difference"] for case in report["cases"]) < 1e-6
 
 
 def test_a_wrong_scale_ends_with_status_4(recipe, tmp_path):
-    result = verify(recipe, tmp_path, program=(ROOT / "tests/launched/broken_verify.py",))
+    unclipped = "training.max_grad_norm=0"  # clipping brings a wrong scale back to the same step, and only the norm tells
+    result = verify(recipe, tmp_path, unclipped, program=(ROOT / "tests/launched/broken_verify.py",))
     assert result.returncode == 4, result.stderr[-4000:]
     report = json.loads(result.stdout)
     assert not report["passed"]
     assert [round(case["gradient_norm_ratio"], 3) for case in report["cases"]] == [0.25] * 4
+    assert min(case["weight_difference"] for case in report["cases"]) > 1e-2
     assert "differ from one big batch" in result.stderr
