@@ -14,10 +14,12 @@ from pathlib import Path
 from finetune import launch, recipe
 from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import StopRequested, UserError
-from finetune.exits import INTERRUPTED, guarded
+from finetune.exits import INTERRUPTED, guarded, is_launched
 from finetune.launch import Strategy
 from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
+from finetune.run_lock import acquire
+from finetune.stopping import follow_launcher, stop_wish
 
 
 
@@ -39,6 +41,8 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     ranks_asked, launch_file = launched_by()
     strategy = launch.from_environment(os.environ, launch_file)
     check_ranks_asked_for(strategy, ranks_asked)
+    if is_launched():
+        follow_launcher()
     settle(loaded, strategy)  # for its refusals, before seconds go by with imports
     output_dir = Path(loaded.recipe.output_dir).absolute()
     from finetune.report.console import Console
@@ -49,6 +53,8 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     if strategy.machines == 1 and not again and is_finished(output_dir):
         console.say(f"{output_dir} holds a finished run: nothing to do. For another run give another output_dir.")
         return
+    if console.enabled:
+        acquire(output_dir, console.say)  # until this process ends
     console.say("finetune: loading libraries ...")
     from finetune.backend.probe import prepare_libraries
 
@@ -92,9 +98,8 @@ def _finished(job, output_dir: Path) -> bool:
 def _train_and_export(job, files, console, facts: dict, progress) -> dict:
     from finetune.export import export_model
     from finetune.follow import follow, summary_of
-    from finetune.stopping import stop_wish
 
-    with stop_wish(files.output_dir) as stop:
+    with stop_wish(files.output_dir, console.say) as stop:
         progress = follow(job, files, console, progress, facts, stop)
     console.say("writing the model ...")
     model_dir = files.output_dir / "model"

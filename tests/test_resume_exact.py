@@ -38,7 +38,7 @@ RUNS = {
     "ZeRO-3 with offload": Run(dict(ranks=2, **OFFLOAD), (ADAPTIVE,)),
     "ZeRO-3 with offload, LoRA, bf16": Run(dict(ranks=2, precision="bf16", **OFFLOAD), LORA),
     "ZeRO-1": Run(dict(ranks=2, zero_stage=1)),
-    "one process, streaming": Run(dict(ranks=1), ("data.streaming=true", "data.eval_fraction=0.2")),
+    "one process, streaming": Run(dict(ranks=1), ("data.streaming=true", "data.eval=[{path: chat.jsonl}]")),
 }
 
 

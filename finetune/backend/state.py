@@ -68,9 +68,9 @@ def _save_shards(engine: Engine, folder: Path) -> list[str]:
     writer = engine.module.checkpoint_engine
     save = writer.save
 
-    def save_or_keep_the_error(state: Any, path: str) -> None:
+    def save_or_keep_the_error(state_dict: Any, path: str) -> None:
         try:
-            save(state, path)
+            save(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk
             # the other ranks wait for this one at DeepSpeed's next barrier: go on, complain afterwards
             errors.append(error if isinstance(error, OSError) else OSError(f"{path}: {error}"))
@@ -82,6 +82,9 @@ def _save_shards(engine: Engine, folder: Path) -> list[str]:
         writer.save = save
     if errors:
         raise errors[0]
+    if engine.rank == 0:
+        for script in folder.glob("zero_to_*.py"):  # DeepSpeed leaves its conversion scripts beside the shards: no state
+            script.unlink()
     names = sorted(str(path.relative_to(folder)) for path in (folder / SHARDS).rglob("*") if path.is_file())
     owner = {name: int(found[1]) if (found := _OF_RANK.search(name)) else 0 for name in names}
     return [name for name in names if owner[name] == engine.rank]

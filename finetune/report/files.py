@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.stopping import STOP_FILE
+
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 
@@ -46,6 +48,7 @@ class RunFiles:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        (self.output_dir / STOP_FILE).unlink(missing_ok=True)  # it asked the run before
         _cut(self.output_dir / METRICS_FILE, step, window)
         self.update(status="running", exit_code=None)
 
