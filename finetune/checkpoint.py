@@ -15,6 +15,7 @@ from pathlib import Path
 from finetune import snapshots
 from finetune.backend.engine import Engine
 from finetune.backend.state import load_state, save_state
+from finetune.errors import UserError
 from finetune.noise_scale import NoiseState
 from finetune.snapshots import Snapshot
 from finetune.windows import Position
@@ -79,14 +80,19 @@ def _begin(root: Path, step: int, bytes_needed: int) -> None:
 
 
 def _on_rank_0(engine: Engine, act: Callable[[], object]) -> str:
-    """Do it on rank 0; what went wrong there, on every rank. A collective."""
-    problem = ""
+    """Do it on rank 0; what went wrong there, on every rank. A collective. Raises UserError where rank 0 does."""
+    problem: str | UserError = ""
     if engine.rank == 0:
         try:
             act()
         except OSError as error:
             problem = str(error)
-    return engine.broadcast_object(problem)
+        except UserError as error:  # the ranks do not see one disk: trying again changes nothing
+            problem = error
+    problem = engine.broadcast_object(problem)
+    if isinstance(problem, UserError):
+        raise problem
+    return problem
 
 
 def choose(engine: Engine, root: Path, say: Callable[[str], None]) -> Snapshot | None:
@@ -96,7 +102,14 @@ def choose(engine: Engine, root: Path, say: Callable[[str], None]) -> Snapshot |
 
 
 def load(engine: Engine, snapshot: Snapshot) -> Progress:
-    """Bring the engine to the state of a verified checkpoint; where the run is then. A collective."""
+    """Bring the engine to the state of a verified checkpoint; where the run is then. A collective.
+
+    Raises UserError where a machine does not see the folder.
+    """
+    seen = engine.gather_objects((engine.host, snapshot.folder.exists()))
+    if blind := sorted({host for host, there in seen if not there}):
+        raise UserError(f"{snapshot.folder} is not on a disk that {', '.join(blind)} can see. Put output_dir on a shared disk, or copy"
+                        " the folder there.")  # fmt: skip
     load_state(engine, snapshot.folder)
     return read_progress(snapshot.folder)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,12 +28,15 @@ def save_state(engine: Engine, folder: Path) -> list[str]:
         return _save_shards(engine, folder)
     if engine.rank != 0:
         return []
-    save_file(_trained(engine), folder / MODEL)
     tensors: dict[str, Tensor] = {}
     scalars = _split(engine.optimizer.optimizer.state_dict()["state"], "", tensors)
-    save_file(tensors, folder / OPTIMIZER)
     scaler = engine.accelerator.scaler
     document = {"state": scalars, "loss_scaler": scaler.state_dict() if scaler is not None else None}
+    try:
+        save_file(_trained(engine), folder / MODEL)
+        save_file(tensors, folder / OPTIMIZER)
+    except SafetensorError as error:  # a full disk is no OSError to it
+        raise OSError(str(error)) from error
     (folder / SCALARS).write_text(json.dumps(document, allow_nan=False))
     return [MODEL, OPTIMIZER, SCALARS]
 
