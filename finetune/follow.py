@@ -84,7 +84,7 @@ def _log(job: Job, files: RunFiles, console: Console, result: StepResult, progre
     peak = row["device_peak_bytes"] or row["host_peak_bytes"]
     console.advance(result.step, result.loss, result.learning_rate, speed, peak)
     if not result.applied:
-        console.say(f"window {result.window} skipped: gradient norm {result.grad_norm}; nothing was applied")
+        console.say(f"window {result.window} skipped: loss {result.loss}, gradient norm {result.grad_norm}; nothing was applied")
     if not result.applied or result.step % job.plan.loaded.recipe.logging.logging_steps == 0:
         files.log(row)
 
