@@ -152,6 +152,9 @@ def kill_everywhere(scenario: str, folder: Path) -> dict:
         result["old"] += is_old
         if not (is_new or is_old) or (how is None and not is_new) or (said and scenario != "replace_damaged"):
             result["wrong"].append(f"point {result['points'] + 1} ({how}): {found and found.folder}, said {said}")
+        halves = [str(s.folder) for s in snapshots.listing(root) if s.problems]
+        if halves:
+            result["wrong"].append(f"point {result['points'] + 1} ({how}): half a folder under a valid name: {halves}")
         save(root, 30)
         after = snapshots.newest(root, said.append, threads=1)
         if after is None or not holds(after, 30) or sorted(os.listdir(root)) != ["latest", "step-30"]:
