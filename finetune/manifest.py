@@ -91,8 +91,8 @@ def _read_manifest(folder: Path, step: int) -> tuple[dict, dict[str, Digest]]:
     """(facts, files). Raises OSError, or ValueError with the problem in words."""
     if folder.is_symlink():
         raise ValueError("the folder is a symbolic link")
-    if (folder / MANIFEST).is_symlink():
-        raise ValueError(f"{MANIFEST} is a symbolic link")
+    if not stat.S_ISREG((folder / MANIFEST).lstat().st_mode):  # to read a pipe would wait for ever
+        raise ValueError(f"{MANIFEST} is no plain file")
     raw = (folder / MANIFEST).read_bytes()
     try:
         document = json.loads(raw)
