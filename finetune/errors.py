@@ -24,6 +24,12 @@ class UserError(FinetuneError):
         super().__init__("\n".join(self.messages))
 
 
+class StopRequested(FinetuneError):
+    """A signal or a STOP file asked for it; the state was saved, and the same command goes on."""
+
+    exit_code = 3
+
+
 class Diverged(FinetuneError):
     """Training left the finite numbers, or a verification failed. Nothing non-finite was written."""
 

@@ -58,7 +58,13 @@ def write_model(
     check_folder(temporary, expected, adapter)
     if verify is not None:
         verify(temporary)
-    os.replace(temporary, folder)
+    if folder.exists():  # of a run that was killed before it could say that it was done
+        shutil.rmtree(old := folder.with_name(folder.name + ".old"), ignore_errors=True)
+        os.rename(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, folder)
 
 
 def _check_state(state: dict[str, Tensor], model: nn.Module, adapter: bool) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,10 +14,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from finetune.errors import FinetuneError
 from finetune.exits import REPORT_FILE, STATUS_FILE
 from finetune.launch import Strategy
 from finetune.preflight import first_stage
+from finetune.stopping import PR_SET_PDEATHSIG
+
+SAVING_SECONDS = 600  # how long torchrun waits for ranks that were asked to stop before it kills them
 
 
 class LaunchedRunFailed(FinetuneError):
@@ -68,9 +76,42 @@ def _launch(strategy: Strategy, launch_file: str | None, program: list[str], ext
         status_file = Path(folder) / "status.json"
         environment = dict(os.environ) | {STATUS_FILE: str(status_file)} | extra_environment
         environment["FINETUNE_REQUESTED_PROCESSES"] = str(strategy.ranks)
-        code = subprocess.run(command, env=environment, stdout=stdout).returncode
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))  # torchrun's own 30 s are no save
+        code = _run(command, environment, stdout)
         status = json.loads(status_file.read_text()) if status_file.exists() else None
     if status is not None and status["exit_code"]:
         raise LaunchedRunFailed(status["exit_code"], status["message"])
     if code:
         raise LaunchedRunFailed(code if code > 0 else 128 - code, f"the launched process ended with status {code} and no message")
+
+
+def _run(command: list[str], environment: dict[str, str], stdout: int | None) -> int:
+    """Run the launcher to its end; its exit status. SIGTERM and SIGINT go to the ranks, which save: a launcher would leave them behind."""
+    process = subprocess.Popen(command, env=environment, stdout=stdout, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
+
+    def forward(number: int, frame: object) -> None:
+        for rank in _ranks_below(process.pid) or [process]:
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return process.wait()
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def _ranks_below(pid: int) -> list[psutil.Process]:
+    """The processes of a launch that run train.py themselves: those whose own children do not; the launched process without one."""
+    try:
+        launched = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        trainers = [p for p in launched if any(part.endswith("train.py") for part in p.cmdline())]
+        parents = {p.ppid() for p in trainers}
+        return [p for p in trainers if p.pid not in parents]
+    except psutil.Error:
+        return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,8 @@ from finetune.objectives import trained_tokens
 from finetune.noise_scale import NoiseState
 from finetune.windows import Position, Window, deal
 
-MAX_SKIPPED_IN_A_ROW = 50  # fp16's loss scaler halves its scale at each: far below any useful one by then
+SKIPPED_IN_A_ROW = 3  # windows whose gradient is not finite: a bad row is one, weights that left the numbers do not come back
+SCALED_IN_A_ROW = 50  # the same with fp16's loss scaler, which halves its scale at each: far below any useful one by then
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,23 @@ class StepResult:
     step_seconds: float
     applied: bool
     position: Position  # behind this window
+    stop: bool  # whether a rank was asked to stop; the same on every rank
 
 
-def train(job: Job) -> Iterator[StepResult]:
-    """Train until the schedule ends, yielding after every window. Raises Diverged at the first number that is not finite."""
-    position = Position()
+def train(job: Job, position: Position, stop: Callable[[], bool]) -> Iterator[StepResult]:
+    """Train from `position` until the schedule ends, yielding after every window; `stop` is this rank's wish.
+
+    Raises Diverged after a few windows in a row that are not finite; each is skipped on every rank.
+    """
+    job.engine.settle_buckets(job.collate(job.train_rows, ()))
     while not job.schedule.finished(position.step, position.applied_rows) and (window := job.next_window(position)):
-        result = train_window(job, window, position)
+        result = train_window(job, window, position, stop)
         position = result.position
-        _refuse_divergence(job, result, position.skipped_in_a_row)
         yield result
+        _refuse_divergence(job, result, window)
 
 
-def train_window(job: Job, window: Window, position: Position) -> StepResult:
+def train_window(job: Job, window: Window, position: Position, stop: Callable[[], bool]) -> StepResult:
     """One window: count its trained tokens over all ranks, then accumulate its micro-batches into one optimizer step."""
     started = time.perf_counter()
     engine = job.engine
@@ -70,7 +75,7 @@ def train_window(job: Job, window: Window, position: Position) -> StepResult:
         if watch:
             watch.end_micro_batch(trained_tokens(micro_batch))
     noise = _measure_noise(job, position, watch, tokens, len(window.rows)) if watch else position.noise
-    (loss,) = engine.total(summed_loss / tokens)
+    loss, stops = engine.total(summed_loss / tokens, stop())
     return StepResult(
         step=position.step + engine.applied,
         window=window.index + 1,
@@ -86,6 +91,7 @@ def train_window(job: Job, window: Window, position: Position) -> StepResult:
         step_seconds=time.perf_counter() - started,
         applied=engine.applied,
         position=position.after(window, engine.applied, noise),
+        stop=stops > 0,
     )
 
 
@@ -131,12 +137,15 @@ def seed_randomness(seed: int, window: int, micro_batch: int, rank: int) -> None
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
-def _refuse_divergence(job: Job, result: StepResult, skipped: int) -> None:
-    if math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or job.engine.scales_loss):
-        if skipped < MAX_SKIPPED_IN_A_ROW:
-            return
+def _refuse_divergence(job: Job, result: StepResult, window: Window) -> None:
+    """A window that is not finite applies nothing and is skipped; several in a row, or a loss that was applied, end the run."""
+    finite = math.isfinite(result.loss)
+    most = SCALED_IN_A_ROW if job.engine.scales_loss else SKIPPED_IN_A_ROW
+    if (finite or not result.applied) and result.position.skipped_in_a_row < most:
+        return
     raise Diverged(
         f"diverged in window {result.window} (step {result.step}): loss {result.loss}, gradient norm {result.grad_norm},"
-        f" {skipped} windows in a row not applied. No weights were written. Lower training.learning_rate, warm up longer,"
-        " or look at the rows of this window."
+        f" {result.position.skipped_in_a_row} windows in a row not applied. Its rows: {', '.join(map(str, window.rows[:16]))}"
+        f"{' ...' * (len(window.rows) > 16)} of the training data, counted from 0. No weights were written. Lower"
+        " training.learning_rate, warm up longer, or look at the rows."
     )

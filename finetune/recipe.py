@@ -15,6 +15,7 @@ from finetune.recipe_check import check, lookup, show
 from finetune.recipe_fields import (
     EXCLUSIVE,
     AccumulationSection,
+    CheckpointSection,
     DataSection,
     EvaluationSection,
     LoggingSection,
@@ -29,6 +30,7 @@ from finetune.recipe_yaml import KeyPath, dotted, dump, key_path, parse
 
 __all__ = [
     "AccumulationSection",
+    "CheckpointSection",
     "DataSection",
     "EvaluationSection",
     "Loaded",
@@ -86,6 +88,15 @@ class Loaded:
     def dump(self) -> str:
         """The resolved recipe as YAML: every default written out, no nulls, local paths absolute."""
         return dump(self.recipe.model_dump(exclude_none=True))
+
+
+def read_resolved(path: Path) -> dict | None:
+    """The values of a resolved recipe in a run's folder; None where there is none that can be read."""
+    try:
+        document = parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return document.value if isinstance(document.value, dict) else None
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:

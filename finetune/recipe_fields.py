@@ -217,6 +217,22 @@ class EvaluationSection(Section):
     """Optimizer steps between two evaluations."""
 
 
+class CheckpointSection(Section):
+    """What is kept so that the run can go on after anything."""
+
+    save_steps: PositiveInt = 200
+    """Optimizer steps between two checkpoints."""
+    save_total_limit: PositiveInt = 2
+    """Checkpoints that are kept; an older one goes after a newer one is complete."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest held-out loss beside them; evaluation.eval_steps must meet save_steps."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: the same command goes on from the newest checkpoint that verifies. never: start over; what lies in output_dir moves to
+    output_dir/before-N."""
+    allow_changed: list[NonEmpty] = []
+    """Dotted keys, such as training.learning_rate, that may differ from the checkpoint's recipe at a resume."""
+
+
 class LoggingSection(Section):
     """What is written down on the way."""
 
@@ -242,6 +258,8 @@ class Recipe(Section):
     """How many rows a step takes over the run."""
     evaluation: EvaluationSection = EvaluationSection()
     """When the held-out loss is measured."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """What is kept so that the run can go on after anything."""
     logging: LoggingSection = LoggingSection()
     """What is written down on the way."""
     output_dir: NonEmpty

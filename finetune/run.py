@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 import platform
 import socket
@@ -14,13 +13,14 @@ from pathlib import Path
 
 from finetune import launch, recipe
 from finetune.backend.parents import check_ranks_asked_for, launched_by
-from finetune.errors import UserError
-from finetune.exits import INTERRUPTED, guarded
+from finetune.errors import StopRequested, UserError
+from finetune.exits import INTERRUPTED, guarded, is_launched
 from finetune.launch import Strategy
 from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
+from finetune.run_lock import acquire
+from finetune.stopping import follow_launcher, stop_wish
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
 
 
 def run_rank(argv: Sequence[str]) -> None:
@@ -41,35 +41,46 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     ranks_asked, launch_file = launched_by()
     strategy = launch.from_environment(os.environ, launch_file)
     check_ranks_asked_for(strategy, ranks_asked)
+    if is_launched():
+        follow_launcher()
     settle(loaded, strategy)  # for its refusals, before seconds go by with imports
     output_dir = Path(loaded.recipe.output_dir).absolute()
     from finetune.report.console import Console
-    from finetune.report.files import RunFiles, folder_state
+    from finetune.report.files import RunFiles, is_finished
 
     console = Console(enabled=int(os.environ.get("RANK", "0")) == 0)
-    if strategy.machines == 1 and _already_there(folder_state(output_dir), output_dir, loaded, console):
+    again = loaded.recipe.checkpoint.resume == "never"
+    if strategy.machines == 1 and not again and is_finished(output_dir):
+        console.say(f"{output_dir} holds a finished run: nothing to do. For another run give another output_dir.")
         return
+    if console.enabled:
+        acquire(output_dir, console.say)  # until this process ends
     console.say("finetune: loading libraries ...")
     from finetune.backend.probe import prepare_libraries
 
     prepare_libraries(strategy.use_cpu)
     from finetune.job import assemble, prepare_plan  # torch is imported here: a wrong recipe has been answered by now
+    from finetune.resume import begin, facts_of
 
     plan = prepare_plan(loaded, strategy, console.say)
     job = assemble(plan, console.say)
-    if strategy.machines > 1 and _already_there(_agreed_state(job, output_dir), output_dir, loaded, console):
+    if strategy.machines > 1 and not again and _finished(job, output_dir):
+        console.say(f"{output_dir} holds a finished run: nothing to do. For another run give another output_dir.")
         return
     _describe(console, job, output_dir)
     for line in advice(loaded, plan.batch, plan.max_grad_norm):
         console.say(line)
-    files = RunFiles(output_dir, job.engine.rank == 0, _document(job))
-    files.start(loaded.dump())
+    facts = facts_of(job)
+    progress = begin(job, console, output_dir, facts)
+    files = RunFiles(output_dir, job.engine.rank == 0, _document(job) | {"resumed_from_step": progress.position.step or None})
+    files.start(loaded.dump(), progress.position.step, progress.position.window)
     try:
-        summary = _train_and_export(job, files, console, output_dir)
+        summary = _train_and_export(job, files, console, facts, progress)
     except BaseException as error:  # however it ends, run.json says so; then it goes on its way
         console.end_bar()
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-        files.update(status="failed", exit_code=code, message=str(error))
+        status = "stopped" if isinstance(error, StopRequested) else "failed"
+        files.update(status=status, exit_code=code, message=str(error))
         raise
     files.update(status="done", exit_code=0, summary=summary)
     job.engine.wait()
@@ -77,95 +88,28 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     job.engine.close()
 
 
-def _already_there(state: str, output_dir: Path, loaded: Loaded, console) -> bool:
-    """True when the run is finished already (and said so). Raises UserError when the folder holds another."""
-    if state == "finished":
-        console.say(f"{output_dir} holds a finished run: nothing to do. For another run give another output_dir.")
-        return True
-    if state == "holds a run":
-        raise UserError(
-            f"{loaded.where('output_dir')}: output_dir {output_dir} holds a run that did not finish, and resuming is not"
-            " available yet. Give another output_dir, or delete the folder to start over."
-        )
-    return False
-
-
-def _agreed_state(job, output_dir: Path) -> str:
+def _finished(job, output_dir: Path) -> bool:
     """Rank 0's view of the output folder, on every rank: machines may not share the disk."""
-    from finetune.report.files import folder_state
+    from finetune.report.files import is_finished
 
-    states = ("free", "finished", "holds a run")
-    (index,) = job.engine.total(states.index(folder_state(output_dir)) if job.engine.rank == 0 else 0)
-    return states[int(index)]
+    return bool(job.engine.broadcast_object(is_finished(output_dir)))
 
 
-def _train_and_export(job, files, console, output_dir: Path) -> dict:
-    from finetune.backend.probe import device_peak_bytes, host_peak_bytes
+def _train_and_export(job, files, console, facts: dict, progress) -> dict:
     from finetune.export import export_model
-    from finetune.loop import evaluate, train
+    from finetune.follow import follow, summary_of
 
-    settings = job.plan.loaded.recipe
-    started, total_tokens, last = time.time(), 0, None
-    evaluations: list[tuple[int, float]] = []
-
-    def run_evaluation(step: int) -> None:
-        if job.evaluation_rows is not None and (not evaluations or evaluations[-1][0] != step):
-            evaluations.append((step, evaluate(job)))
-            files.log({"step": step, "eval_loss": evaluations[-1][1], "time": time.time()})
-            console.say(f"held-out loss at step {step}: {evaluations[-1][1]:.4f}")
-
-    run_evaluation(0)
-    console.start_bar(job.schedule.planned_steps)
-    for result in train(job):
-        last, total_tokens = result, total_tokens + (result.tokens if result.applied else 0)
-        speed = result.tokens / result.step_seconds
-        row = metrics_of(result, job.schedule.batch.adapts) | {
-            "total_tokens": total_tokens,
-            "tokens_per_second": speed,
-            "time": time.time(),
-            "device_peak_bytes": device_peak_bytes(),
-            "host_peak_bytes": host_peak_bytes(),
-        }
-        peak = row["device_peak_bytes"] or row["host_peak_bytes"]
-        console.advance(result.step, result.loss, result.learning_rate, speed, peak)
-        if not result.applied:
-            console.say(f"window {result.window} skipped: gradient norm {result.grad_norm}; nothing was applied")
-        if not result.applied or result.step % settings.logging.logging_steps == 0:
-            files.log(row)
-        if result.applied and result.step % settings.evaluation.eval_steps == 0:
-            run_evaluation(result.step)
-    console.end_bar()
-    run_evaluation(last.step if last else 0)
+    with stop_wish(files.output_dir, console.say) as stop:
+        progress = follow(job, files, console, progress, facts, stop)
     console.say("writing the model ...")
-    model_dir = output_dir / "model"
+    model_dir = files.output_dir / "model"
     export_model(job.engine, job.plan.tokenizer, job.plan.facts.export_dtype, model_dir)
-    seconds = time.time() - started
-    return {
-        "steps": last.step if last else 0,
-        "windows": last.window if last else 0,
-        "train_loss": last.loss if last else None,
-        "eval_loss_first": evaluations[0][1] if evaluations else None,
-        "eval_loss_last": evaluations[-1][1] if evaluations else None,
-        "total_tokens": total_tokens,
-        "seconds": seconds,
-        "tokens_per_second": total_tokens / seconds,
-        "device_peak_bytes": device_peak_bytes(),
-        "host_peak_bytes": host_peak_bytes(),
-        "model": str(model_dir),
-    }
-
-
-def metrics_of(result, adapts: bool) -> dict:
-    """What one window leaves in metrics.jsonl; of an adaptive batch also what it follows, in trained tokens and per token."""
-    noise = result.position.noise
-    row = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name != "position"}
-    if adapts:
-        row |= {"gradient_noise_scale": noise.scale_tokens, "gradient_noise": noise.noise, "gradient_signal": noise.signal}
-    return row
+    return summary_of(job, progress, model_dir)
 
 
 def _document(job) -> dict:
     from finetune.backend.probe import device_name
+    from finetune.resume import versions
 
     plan = job.plan
     return {
@@ -173,7 +117,7 @@ def _document(job) -> dict:
         "exit_code": None,
         "pid": os.getpid(),
         "argv": sys.argv,
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions(),
         "machine": {"host": socket.gethostname(), "device": device_name(), "platform": platform.platform()},
         "plan": {
             "strategy": dataclasses.asdict(plan.strategy),

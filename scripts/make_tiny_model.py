@@ -5,7 +5,7 @@
 
 The untrained model goes to OUTPUT-init, then this project's own trainer runs recipes/quickstart/pretrain.yaml on it;
 the result lies in OUTPUT/model. Same seed, same machine, same model. Nothing is downloaded. A finished OUTPUT is kept;
-an unfinished one is started again.
+an unfinished one goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +50,6 @@ def main() -> int:
     _write_untrained(untrained, arguments.seed)
     if arguments.untrained_only:
         return 0
-    if output.exists():
-        print(f"{output} holds an unfinished run: starting it again")
-        shutil.rmtree(output)
     return _pretrain(untrained, output, arguments.launch, arguments.seed)
 
 

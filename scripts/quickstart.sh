@@ -19,8 +19,6 @@ else
     LAUNCH=accelerate_configs/cpu.yaml
 fi
 
-run_is_done() { grep -q '"status": "done"' "$1/run.json" 2>/dev/null; }
-
 # One question of each kind from the held-out chats; no training chat names these functions.
 ask() {
     local model="$1" questions
@@ -37,11 +35,6 @@ PYTHON
 
 say "base model: $BASE/model"
 python scripts/make_tiny_model.py --output "$BASE" --launch "$LAUNCH"
-
-if [ -e "$RUN" ] && ! run_is_done "$RUN"; then
-    echo "$RUN holds an unfinished run: starting it again"
-    rm -rf "$RUN"
-fi
 
 say "answers before fine-tuning (the base model has only read text, and goes on as it likes)"
 ask "$BASE/model"

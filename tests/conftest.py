@@ -12,7 +12,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     skipped: Counter[tuple[str, str]] = Counter()
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
-            if not hasattr(report, "when"):
+            if getattr(report, "when", None) not in ("setup", "call", "teardown"):
                 continue  # collection errors and warnings have no phases
             area = _area(report.nodeid)
             seconds[area] += report.duration

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,7 +19,14 @@ import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 
 from finetune.backend import deepspeed as ds
@@ -149,6 +157,29 @@ class Engine:
         """Sums over all ranks, one collective for all values."""
         local = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device) for v in values])
         return self.accelerator.reduce(local, reduction="sum").tolist()
+
+    @property
+    def host(self) -> str:
+        """Name of the machine this rank runs on."""
+        return socket.gethostname()
+
+    def gather_objects(self, value: object) -> list:
+        """The value of every rank, in their order. A collective."""
+        return gather_object([value])
+
+    def broadcast_object(self, value: object) -> object:
+        """Rank 0's value. A collective."""
+        return broadcast_object_list([value])[0]
+
+    def settle_buckets(self, batch: dict[str, Tensor]) -> None:
+        """One backward of zero before the first window. A collective.
+
+        DDP rebuilds its buckets after the first backward, and with them the order in which ranks are added up: without this, a
+        resumed run would differ from an unbroken one in the last bits of its first window.
+        """
+        if self.strategy.engine == "ddp":
+            (self.module(self._to_device(batch)) * 0.0).backward()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def gather_state(self, only_trained: bool = False) -> dict[str, Tensor]:
         """Whole parameters and buffers by name (without the wrapper's prefix), on the CPU of rank 0; {} elsewhere.

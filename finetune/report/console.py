@@ -44,10 +44,10 @@ class Console:
         width = max(map(len, rows))
         self.say("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()))
 
-    def start_bar(self, steps: int) -> None:
-        """Begin the progress bar of `steps` optimizer steps. In a log file it refreshes every half minute at most."""
+    def start_bar(self, steps: int, done: int = 0) -> None:
+        """Begin the progress bar of `steps` optimizer steps, `done` of them before. In a log file it refreshes every half minute at most."""
         interval = 0.1 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=steps, unit="step", disable=not self.enabled, mininterval=interval, maxinterval=interval,
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=not self.enabled, mininterval=interval, maxinterval=interval,
                         dynamic_ncols=True, file=sys.stderr, desc="train")  # fmt: skip
 
     def advance(self, step: int, loss: float, learning_rate: float, tokens_per_second: float, peak_bytes: int) -> None:

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.stopping import STOP_FILE
+
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,15 +28,10 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
-def folder_state(output_dir: Path) -> str:
-    """`free`, `finished` (run.json says done) or `holds a run` (steps were logged or a model lies there)."""
+def is_finished(output_dir: Path) -> bool:
+    """Whether run.json says that the run in this folder is done."""
     run = read_json(output_dir / RUN_FILE)
-    if run is not None and run.get("status") == "done":
-        return "finished"
-    metrics = output_dir / METRICS_FILE
-    if (metrics.exists() and metrics.stat().st_size > 0) or (output_dir / "model").exists():
-        return "holds a run"
-    return "free"
+    return run is not None and run.get("status") == "done"
 
 
 @dataclass
@@ -45,13 +42,14 @@ class RunFiles:
     enabled: bool
     document: dict
 
-    def start(self, recipe_text: str) -> None:
-        """Claim the folder: resolved recipe, run.json with status running, an empty metrics.jsonl."""
+    def start(self, recipe_text: str, step: int = 0, window: int = 0) -> None:
+        """Claim the folder: resolved recipe, run.json with status running, metrics.jsonl cut to what was before `window`."""
         if not self.enabled:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        (self.output_dir / METRICS_FILE).write_text("", encoding="utf-8")
+        (self.output_dir / STOP_FILE).unlink(missing_ok=True)  # it asked the run before
+        _cut(self.output_dir / METRICS_FILE, step, window)
         self.update(status="running", exit_code=None)
 
     def log(self, row: dict) -> None:
@@ -66,3 +64,19 @@ class RunFiles:
         if self.enabled:
             self.document |= fields
             write_json(self.output_dir / RUN_FILE, self.document)
+
+
+def _cut(metrics: Path, step: int, window: int) -> None:
+    """Keep the rows of windows up to `window` and of evaluations up to `step`: what came later is done again."""
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    kept = []
+    for line in lines if window else []:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a killed run
+            continue
+        if row["window"] <= window if "window" in row else row["step"] <= step:
+            kept.append(line)
+    temporary = metrics.with_name(metrics.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, metrics)

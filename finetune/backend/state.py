@@ -1,0 +1,117 @@
+"""The state of an engine on disk: trained weights, optimizer, loss scale. Written between two windows, read before the first.
+
+One process and DDP: rank 0 writes safetensors and JSON of what is trained; every rank reads it. DeepSpeed: every rank writes its own
+shards in DeepSpeed's format, which are pickles: whoever reads them has compared their hashes with our manifest before.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune.backend.engine import Engine
+
+MODEL, OPTIMIZER, SCALARS, SHARDS = "model.safetensors", "optimizer.safetensors", "optimizer.json", "deepspeed"
+_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
+
+
+def save_state(engine: Engine, folder: Path) -> list[str]:
+    """Write this rank's part of the state into `folder`; returns the names of its files. A collective. Raises OSError."""
+    if engine.strategy.engine == "deepspeed":
+        return _save_shards(engine, folder)
+    if engine.rank != 0:
+        return []
+    tensors: dict[str, Tensor] = {}
+    scalars = _split(engine.optimizer.optimizer.state_dict()["state"], "", tensors)
+    scaler = engine.accelerator.scaler
+    document = {"state": scalars, "loss_scaler": scaler.state_dict() if scaler is not None else None}
+    try:
+        save_file(_trained(engine), folder / MODEL)
+        save_file(tensors, folder / OPTIMIZER)
+    except SafetensorError as error:  # a full disk is no OSError to it
+        raise OSError(str(error)) from error
+    (folder / SCALARS).write_text(json.dumps(document, allow_nan=False))
+    return [MODEL, OPTIMIZER, SCALARS]
+
+
+def load_state(engine: Engine, folder: Path) -> None:
+    """Read what `save_state` wrote under the same strategy; `folder` has been verified. A collective."""
+    if engine.strategy.engine == "deepspeed":
+        found, _ = engine.module.load_checkpoint(
+            str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        assert found is not None, f"DeepSpeed read nothing from {folder}"
+        return
+    saved = load_file(folder / MODEL)
+    mine = _trained(engine)
+    assert mine.keys() == saved.keys(), "the facts were compared before"
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(saved[name])
+    document = json.loads((folder / SCALARS).read_text())
+    optimizer = engine.optimizer.optimizer
+    state = _joined(document["state"], load_file(folder / OPTIMIZER))
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if document["loss_scaler"] is not None:
+        engine.accelerator.scaler.load_state_dict(document["loss_scaler"])
+
+
+def _trained(engine: Engine) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in engine.inner_model().named_parameters() if p.requires_grad}
+
+
+def _save_shards(engine: Engine, folder: Path) -> list[str]:
+    errors: list[OSError] = []
+    writer = engine.module.checkpoint_engine
+    save = writer.save
+
+    def save_or_keep_the_error(state_dict: Any, path: str) -> None:
+        try:
+            save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk
+            # the other ranks wait for this one at DeepSpeed's next barrier: go on, complain afterwards
+            errors.append(error if isinstance(error, OSError) else OSError(f"{path}: {error}"))
+
+    writer.save = save_or_keep_the_error
+    try:
+        engine.module.save_checkpoint(str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
+    finally:
+        writer.save = save
+    if errors:
+        raise errors[0]
+    if engine.rank == 0:
+        for script in folder.glob("zero_to_*.py"):  # DeepSpeed leaves its conversion scripts beside the shards: no state
+            script.unlink()
+    names = sorted(str(path.relative_to(folder)) for path in (folder / SHARDS).rglob("*") if path.is_file())
+    owner = {name: int(found[1]) if (found := _OF_RANK.search(name)) else 0 for name in names}
+    return [name for name in names if owner[name] == engine.rank]
+
+
+def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, its tensors moved to `tensors` under a name of their own. Keys of dictionaries become text."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"items": {str(key): _split(item, f"{name}/{key}" if name else str(key), tensors) for key, item in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_split(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
+    return {"value": value}
+
+
+def _joined(value: dict, tensors: dict[str, Tensor]) -> Any:
+    """What `_split` took apart; keys that are whole numbers are numbers again."""
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "items" in value:
+        return {int(key) if key.isdigit() else key: _joined(item, tensors) for key, item in value["items"].items()}
+    if "list" in value:
+        return [_joined(item, tensors) for item in value["list"]]
+    return value["value"]

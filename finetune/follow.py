@@ -1,0 +1,116 @@
+"""What goes on beside the training steps: logging, evaluation, saving. Consumes loop.train(), which knows nothing of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from finetune import checkpoint
+from finetune.backend.probe import device_peak_bytes, host_peak_bytes
+from finetune.checkpoint import Progress
+from finetune.errors import StopRequested
+from finetune.job import Job
+from finetune.loop import StepResult, evaluate, train
+from finetune.report.console import Console
+from finetune.report.files import RunFiles
+
+CHECKPOINTS = "checkpoints"
+
+
+def follow(job: Job, files: RunFiles, console: Console, progress: Progress, facts: dict, stop) -> Progress:
+    """Train from `progress` to the end and return the progress there.
+
+    `stop` says whether this rank was asked to stop. Raises StopRequested when one was, after saving, and Diverged.
+    """
+    settings = job.plan.loaded.recipe
+    started = time.time() - progress.seconds
+    root = files.output_dir / CHECKPOINTS
+    every = settings.checkpoint.save_steps
+    due = (progress.position.step // every + 1) * every
+    progress = _evaluated(job, files, console, progress)
+    console.start_bar(job.schedule.planned_steps, progress.position.step)
+    for result in train(job, progress.position, stop):
+        step = result.position.step
+        progress = dataclasses.replace(
+            progress, position=result.position, train_loss=result.loss, seconds=time.time() - started,
+            total_tokens=progress.total_tokens + result.tokens * result.applied,
+        )  # fmt: skip
+        _log(job, files, console, result, progress)
+        finished = job.schedule.finished(step, result.position.applied_rows)
+        if result.applied and step % settings.evaluation.eval_steps == 0 and not finished:
+            progress = _evaluated(job, files, console, progress)
+        if not finished and (result.stop or result.applied and step >= due):
+            problem = _save(job, root, progress, facts)
+            # after a failure: soon again, the old checkpoint is still there
+            due = step + max(1, every // 10) if problem else (step // every + 1) * every
+            if problem:
+                console.say(f"warning: no checkpoint of step {step}: {problem}. Training goes on; tried again at step {due}.")
+            if result.stop:
+                console.end_bar()
+                kept = "could not be saved: see above" if problem else f"was saved to {root}"
+                raise StopRequested(f"stopped on request after step {step}, which {kept}. The same command goes on from the newest"
+                                    " checkpoint.")  # fmt: skip
+    console.end_bar()
+    return _evaluated(job, files, console, dataclasses.replace(progress, seconds=time.time() - started))
+
+
+def _save(job: Job, root: Path, progress: Progress, facts: dict) -> str:
+    section = job.plan.loaded.recipe.checkpoint
+    needed = checkpoint.BYTES_PER_TRAINED_PARAMETER * job.description["trained_parameters"]
+    return checkpoint.save(job.engine, root, progress, facts, section.save_total_limit, section.keep_best, needed)
+
+
+def _evaluated(job: Job, files: RunFiles, console: Console, progress: Progress) -> Progress:
+    """The progress with the held-out loss at this step in it, measured unless it was."""
+    step = progress.position.step
+    if job.evaluation_rows is None or any(step == there for there, _ in progress.evaluations):
+        return progress
+    loss = evaluate(job)
+    files.log({"step": step, "eval_loss": loss, "time": time.time()})
+    console.say(f"held-out loss at step {step}: {loss:.4f}")
+    return dataclasses.replace(progress, evaluations=(*progress.evaluations, (step, loss)))
+
+
+def _log(job: Job, files: RunFiles, console: Console, result: StepResult, progress: Progress) -> None:
+    speed = result.tokens / result.step_seconds
+    row = metrics_of(result, job.schedule.batch.adapts) | {
+        "total_tokens": progress.total_tokens,
+        "tokens_per_second": speed,
+        "time": time.time(),
+        "device_peak_bytes": device_peak_bytes(),
+        "host_peak_bytes": host_peak_bytes(),
+    }
+    peak = row["device_peak_bytes"] or row["host_peak_bytes"]
+    console.advance(result.step, result.loss, result.learning_rate, speed, peak)
+    if not result.applied:
+        console.say(f"window {result.window} skipped: loss {result.loss}, gradient norm {result.grad_norm}; nothing was applied")
+    if not result.applied or result.step % job.plan.loaded.recipe.logging.logging_steps == 0:
+        files.log(row)
+
+
+def metrics_of(result: StepResult, adapts: bool) -> dict:
+    """What one window leaves in metrics.jsonl; of an adaptive batch also what it follows, in trained tokens and per token."""
+    noise = result.position.noise
+    row = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in ("position", "stop")}
+    if adapts:
+        row |= {"gradient_noise_scale": noise.scale_tokens, "gradient_noise": noise.noise, "gradient_signal": noise.signal}
+    return row
+
+
+def summary_of(job: Job, progress: Progress, model_dir: Path) -> dict:
+    """The end-of-run figures for run.json and the terminal. `seconds` and tokens are over all processes of the run."""
+    evaluations = progress.evaluations
+    return {
+        "steps": progress.position.step,
+        "windows": progress.position.window,
+        "train_loss": progress.train_loss,
+        "eval_loss_first": evaluations[0][1] if evaluations else None,
+        "eval_loss_last": evaluations[-1][1] if evaluations else None,
+        "total_tokens": progress.total_tokens,
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.total_tokens / progress.seconds if progress.seconds else 0.0,
+        "device_peak_bytes": device_peak_bytes(),
+        "host_peak_bytes": host_peak_bytes(),
+        "model": str(model_dir),
+    }

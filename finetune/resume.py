@@ -1,0 +1,109 @@
+"""Where a run begins: from nothing, or from the newest checkpoint that verifies and belongs to the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from pathlib import Path
+
+from finetune import checkpoint, snapshots
+from finetune.checkpoint import Progress, comparable, differences
+from finetune.errors import UserError
+from finetune.follow import CHECKPOINTS
+from finetune.job import Job
+from finetune.recipe import Loaded, read_resolved
+from finetune.report.console import Console
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
+BEFORE = "before-"
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries a run rests on."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def facts_of(job: Job) -> dict:
+    """What goes into a checkpoint's manifest: `same` must be met again at a resume, the rest is for people."""
+    plan = job.plan
+    tokenizer = plan.tokenizer
+    text = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(sorted(tokenizer.get_vocab().items()))
+    sharded = plan.strategy.engine == "deepspeed"
+    return {
+        "same": {
+            "recipe": comparable(plan.loaded.recipe.model_dump(mode="json", exclude_none=True)),
+            "rows of the training data": plan.data.train.fingerprint,
+            "tokenizer": hashlib.sha256((text + str(tokenizer.chat_template)).encode()).hexdigest(),
+            "rows per optimizer step": plan.batch.global_batch_rows,
+            "mixed precision": plan.strategy.mixed_precision,
+            "engine": "DeepSpeed" if sharded else "plain",
+            "ZeRO stage": plan.strategy.zero_stage,
+            "ranks of the shards": plan.strategy.ranks if sharded else "any",
+            "optimizer offload": plan.strategy.offload_optimizer if sharded else "any",
+        },
+        "ranks": plan.strategy.ranks,
+        "gradient_accumulation_steps": plan.batch.accumulation_steps,
+        "versions": versions(),
+    }
+
+
+def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress:
+    """The progress to go on from, with the engine in its state; Progress() for a new run. A collective.
+
+    Raises UserError where the newest checkpoint belongs to another recipe, other data or other shards.
+    """
+    loaded = job.plan.loaded
+    if loaded.recipe.checkpoint.resume == "never":
+        if job.engine.rank == 0:
+            _move_away(output_dir, console)
+        job.engine.wait()
+        return Progress()
+    root = output_dir / CHECKPOINTS
+    found = checkpoint.choose(job.engine, root, console.say)
+    if found is None:
+        _refuse_another_recipe(loaded, output_dir)
+        return Progress()
+    different = differences(found.facts["same"], facts["same"], loaded.recipe.checkpoint.allow_changed)
+    if different:
+        raise UserError(
+            f"{loaded.where('output_dir')}: output_dir {output_dir} holds step {found.step} of another run: {'; '.join(different)}. Undo"
+            " the change, name the key in checkpoint.allow_changed, give another output_dir, or start over with"
+            " checkpoint.resume=never."
+        )
+    progress = checkpoint.load(job.engine, found)
+    if job.engine.rank == 0:
+        snapshots.set_aside(root, found.step)
+    job.engine.wait()
+    ranks = "" if found.facts["ranks"] == job.engine.ranks else (
+        f" ({found.facts['ranks']} ranks then, {job.engine.ranks} now: the same rows and learning rates, added up in another order)"
+    )  # fmt: skip
+    console.say(f"resuming after step {found.step}, {progress.total_tokens:,} tokens, from {found.folder}{ranks}")
+    return progress
+
+
+def _refuse_another_recipe(loaded: Loaded, output_dir: Path) -> None:
+    """A folder without a checkpoint is started again, unless what was started there was something else."""
+    there = read_resolved(output_dir / "recipe.yaml")
+    if there is None:
+        return
+    now = comparable(loaded.recipe.model_dump(mode="json", exclude_none=True))
+    different = differences(comparable(there), now, loaded.recipe.checkpoint.allow_changed)
+    if different:
+        raise UserError(
+            f"{loaded.where('output_dir')}: output_dir {output_dir} holds another run, without a checkpoint: {'; '.join(different)}."
+            " Give another output_dir, or move what is there away with checkpoint.resume=never."
+        )
+
+
+def _move_away(output_dir: Path, console: Console) -> None:
+    """Everything in the folder goes to output_dir/before-N; nothing is deleted."""
+    here = [p for p in output_dir.iterdir() if not p.name.startswith((BEFORE, "."))] if output_dir.exists() else []
+    if not here:
+        return
+    number = 1 + max((int(p.name.removeprefix(BEFORE)) for p in output_dir.glob(f"{BEFORE}[0-9]*")), default=0)
+    target = output_dir / f"{BEFORE}{number}"
+    target.mkdir()
+    for path in here:
+        os.rename(path, target / path.name)
+    console.say(f"checkpoint.resume is never: starting over; what was there lies in {target}")
