@@ -43,7 +43,12 @@ class StepResult:
     stop: bool  # whether a rank was asked to stop; the same on every rank
 
 
-def train(job: Job, position: Position, stop: Callable[[], bool]) -> Iterator[StepResult]:
+def nobody() -> bool:
+    """The wish of a rank that was not asked to stop."""
+    return False
+
+
+def train(job: Job, position: Position = Position(), stop: Callable[[], bool] = nobody) -> Iterator[StepResult]:
     """Train from `position` until the schedule ends, yielding after every window; `stop` is this rank's wish.
 
     Raises Diverged after a few windows in a row that are not finite; each is skipped on every rank.

@@ -15,21 +15,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:1] = [str(ROOT), str(ROOT / "tests" / "launched")]
+sys.path[0] = str(ROOT)
 
+import numpy as np
 import torch
-from exactness import ADAMW, PER_DEVICE_ROWS, Case, run_case
 
-from finetune import launch, verify
+from finetune import data, launch, model, recipe, verify
+from finetune.backend import engine as backend
 from finetune.backend.engine import Engine
 from finetune.backend.parents import launched_by
 from finetune.backend.probe import prepare_libraries
 from finetune.backend.selfcheck import check_scale
 from finetune.errors import Diverged, UserError
+from finetune.data import Row
 from finetune.exits import REPORT_FILE
+from finetune.objectives import SummedLoss
+from finetune.one_batch import Reference, accumulate, relative
+from finetune.optim import make_optimizer
+from finetune.windows import deal
 
-K = 4
-WINDOWS = (PER_DEVICE_ROWS * K * 2,) * 4  # rows of four windows on two ranks
+K, PER_DEVICE_ROWS = 4, 2
+WINDOW_ROWS, WINDOWS = PER_DEVICE_ROWS * K * 2, 4  # on two ranks
+ADAMW = ("training.learning_rate=1e-3", "training.adam_epsilon=1e-6", "training.weight_decay=0.01")
 OURS = Engine.micro_step
 
 
@@ -44,17 +51,53 @@ def with_accumulate(self, batch, denominator, last):
     return summed_loss.detach()
 
 
-def accumulated(recipe: str, strategy, micro_step) -> dict:
+def ragged_rows(count: int, vocabulary: int) -> list[Row]:
+    """Rows of 3 to 48 tokens, a random part of each trained."""
+    random = np.random.default_rng(5)
+    rows = []
+    for _ in range(count):
+        length = int(random.integers(3, 49))
+        ids = random.integers(0, vocabulary, length).astype(np.int32)
+        labels = np.where(random.random(length) < random.random(), ids, -100).astype(np.int32)
+        labels[0], labels[-1] = -100, ids[-1]
+        rows.append(Row(ids, labels))
+    return rows
+
+
+def accumulated(recipe_path: str, strategy, micro_step) -> dict:
     """Four AdamW steps without a start-up check: weights against four big batches, gradient norms over the true ones."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    loaded = recipe.load(recipe_path, ADAMW)
+    facts = model.facts(loaded)
+    rows = ragged_rows(WINDOW_ROWS * WINDOWS, facts.vocabulary)
+    parts = [rows[i * WINDOW_ROWS : (i + 1) * WINDOW_ROWS] for i in range(WINDOWS)]
+    engine = backend.start(strategy, K, PER_DEVICE_ROWS, 1.0)
+    network = model.load_model(loaded, strategy, facts, engine.device)
+    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+    states, norms = [engine.gather_state(only_trained=True)], []
     Engine.micro_step = micro_step
     try:
-        case = run_case(Case("AdamW", ADAMW, windows=WINDOWS), recipe, strategy)
+        for part in parts:
+            share = deal(range(WINDOW_ROWS), engine.ranks, PER_DEVICE_ROWS)[engine.rank]
+            accumulate(engine, [data.collate([part[i] for i in micro_batch], 0) for micro_batch in share])
+            norms.append(engine.grad_norm())
+            states.append(engine.gather_state(only_trained=True))
     finally:
         Engine.micro_step = OURS
-    if not case:  # not rank 0
+    rank = engine.rank
+    engine.release()
+    if rank != 0:
         return {}
-    ratios = [window["norm_ratio"] for window in case["windows_run"]]
-    return {"weight_difference": case["weight_difference"], "norm_ratios": ratios}
+    unset_hf_deepspeed_config()  # or zero.Init would shard the reference
+    reference = Reference(loaded, facts)
+    for part in parts:
+        reference.step(part)
+    difference, ratios = relative(states[-1], reference.state()), []
+    for norm, state, part in zip(norms, states, parts):
+        reference.load(state)
+        ratios.append(norm / reference.step(part)[1])
+    return {"weight_difference": difference, "norm_ratios": ratios}
 
 
 def checked(strategy) -> dict:
@@ -65,13 +108,13 @@ def checked(strategy) -> dict:
         return {"caught": True, "said": str(error)}
 
 
-def verified(recipe: str, folder: Path) -> dict:
+def verified(recipe_path: str, folder: Path) -> dict:
     """What `finetune verify` says in this launch, with K = 4 too."""
     report, status, said = folder / "verify.json", 0, ""
     os.environ[REPORT_FILE] = str(report)
-    rows = (f"training.per_device_train_batch_size={PER_DEVICE_ROWS}", f"training.global_batch_size={WINDOWS[0]}")
+    rows = (f"training.per_device_train_batch_size={PER_DEVICE_ROWS}", f"training.global_batch_size={WINDOW_ROWS}")
     try:
-        verify.verify(recipe, rows, False, True)
+        verify.verify(recipe_path, rows, False, True)
     except (Diverged, UserError) as error:
         status, said = error.exit_code, str(error)
     cases = json.loads(report.read_text())["cases"] if report.exists() else []
@@ -95,17 +138,17 @@ def attempt(part: Callable[[], dict]) -> dict:
 
 
 def main() -> None:
-    recipe, out = sys.argv[1], Path(sys.argv[2])
+    recipe_path, out = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     prepare_libraries()
     strategy = launch.from_environment(os.environ, launched_by()[1])
     import deepspeed
 
     found = {"deepspeed": deepspeed.__version__, "file": deepspeed.__file__}
-    parts = {"verify": lambda: verified(recipe, out.parent),  # first, as in real life: before there is a process group
+    parts = {"verify": lambda: verified(recipe_path, out.parent),  # first, as in real life: before there is a process group
              "selfcheck": lambda: checked(strategy),
-             "ours": lambda: accumulated(recipe, strategy, OURS),
-             "accumulate": lambda: accumulated(recipe, strategy, with_accumulate)}  # fmt: skip
+             "ours": lambda: accumulated(recipe_path, strategy, OURS),
+             "accumulate": lambda: accumulated(recipe_path, strategy, with_accumulate)}  # fmt: skip
     for name, part in parts.items():
         found[name] = attempt(part)
         if int(os.environ.get("RANK", "0")) == 0:

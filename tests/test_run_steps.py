@@ -11,12 +11,6 @@ from tiny_models import small_recipe
 from finetune import job, launch, recipe
 from finetune.errors import Diverged
 from finetune.loop import clip_ratio, train
-from finetune.windows import Position
-
-
-def never() -> bool:
-    """Nobody asks for a stop."""
-    return False
 
 
 @pytest.fixture
@@ -39,7 +33,7 @@ def test_the_scaled_learning_rate_is_what_steps_use_and_log(start):
     scaled = ("training.learning_rate=2e-4", "training.lr_scaling=sqrt", "training.reference_batch_size=2")
     job = start(*scaled, "training.lr_scheduler_type=linear", "training.warmup_steps=0", "training.max_steps=4")
     # 2e-4 x sqrt(8/2) = 4e-4, falling to 0 in four steps
-    assert [result.learning_rate for result in train(job, Position(), never)] == pytest.approx([4e-4, 3e-4, 2e-4, 1e-4])
+    assert [result.learning_rate for result in train(job)] == pytest.approx([4e-4, 3e-4, 2e-4, 1e-4])
     assert job.engine.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
@@ -50,7 +44,7 @@ def test_clip_ratio_is_the_factor_on_the_gradient(start):
     job = start("training.optim=sgd", "training.learning_rate=1.0", "training.lr_scheduler_type=constant",
                 "training.warmup_steps=0", "training.max_steps=2", "training.max_grad_norm=0.05")  # fmt: skip
     before = job.engine.gather_state()
-    for result in train(job, Position(), never):
+    for result in train(job):
         state = job.engine.gather_state()
         moved = torch.cat([(state[n] - before[n]).flatten() for n in state]).double().norm()
         before = state
@@ -64,7 +58,7 @@ def last_norm(job) -> torch.nn.Parameter:
 
 def test_weights_that_are_not_finite_end_the_run_after_three_windows(start):
     job = start("training.max_steps=3")
-    steps = train(job, Position(), never)
+    steps = train(job)
     next(steps)
     last_norm(job).data[0] = torch.inf
     assert [next(steps).applied for _ in range(3)] == [False] * 3
@@ -76,7 +70,7 @@ def test_a_skipped_window_is_reported_and_moves_neither_step_nor_learning_rate(s
     job = start("training.max_steps=4", "training.warmup_steps=0", "training.lr_scheduler_type=linear")
     # fp16's loss scaler makes an overflow nobody's fault; there is none on the CPU, so only the loop is told of it
     job.engine.strategy = replace(job.engine.strategy, mixed_precision="fp16")
-    steps = train(job, Position(), never)
+    steps = train(job)
     results = [next(steps)]
     before = {name: tensor.clone() for name, tensor in job.engine.inner_model().state_dict().items()}
     overflow = last_norm(job).register_hook(lambda gradient: gradient * torch.inf)
@@ -93,7 +87,7 @@ def test_a_skipped_window_is_reported_and_moves_neither_step_nor_learning_rate(s
 
 def test_a_growing_batch_takes_more_micro_batches(start):
     job = start("accumulation.schedule=warmup", "accumulation.warmup=[[0.2, 0.25], [0.5, 0.5], [1.0, 1.0]]")
-    results = list(train(job, Position(), never))
+    results = list(train(job))
     # 40 rows: progress 0, .05, .1, .15, .2, .3, .4, .5, .7, .9
     assert [r.rows for r in results] == [2, 2, 2, 2, 4, 4, 4, 8, 8, 4]
     assert [r.gradient_accumulation_steps for r in results] == [1, 1, 1, 1, 2, 2, 2, 4, 4, 2]
