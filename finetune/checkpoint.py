@@ -6,6 +6,7 @@ of it and the seed. What must be the same at a resume are the facts in the manif
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class Progress:
 def save(engine: Engine, root: Path, progress: Progress, facts: dict, limit: int, keep_best: bool, bytes_needed: int) -> str:
     """Save and publish a checkpoint, then prune; "" when it is there, else why not, on every rank. A collective."""
     step = progress.position.step
-    problem = _on_rank_0(engine, lambda: _begin(root, step, bytes_needed))
+    problem = on_rank_0(engine, lambda: _begin(root, step, bytes_needed))
     if problem:
         return problem
     folder = snapshots.folder_of(root, step, snapshots.PARTIAL)
@@ -68,9 +69,10 @@ def save(engine: Engine, root: Path, progress: Progress, facts: dict, limit: int
 
     def publish() -> None:
         snapshots.seal(root, step, facts, {name: found for name, _, found in said})
-        snapshots.prune(root, step, limit, progress.best_step if keep_best else None)
+        with contextlib.suppress(OSError):  # the new one is there; the next save tries again
+            snapshots.prune(root, step, limit, progress.best_step if keep_best else None)
 
-    return _on_rank_0(engine, publish)
+    return on_rank_0(engine, publish)
 
 
 def _begin(root: Path, step: int, bytes_needed: int) -> None:
@@ -79,7 +81,7 @@ def _begin(root: Path, step: int, bytes_needed: int) -> None:
     snapshots.begin(root, step)
 
 
-def _on_rank_0(engine: Engine, act: Callable[[], object]) -> str:
+def on_rank_0(engine: Engine, act: Callable[[], object]) -> str:
     """Do it on rank 0; what went wrong there, on every rank. A collective. Raises UserError where rank 0 does."""
     problem: str | UserError = ""
     if engine.rank == 0:

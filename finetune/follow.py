@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def follow(job: Job, files: RunFiles, console: Console, progress: Progress, fact
     root = files.output_dir / CHECKPOINTS
     every = settings.checkpoint.save_steps
     due = (progress.position.step // every + 1) * every
-    progress = _evaluated(job, files, console, progress)
+    if not progress.evaluations:
+        progress = _evaluated(job, files, console, progress)
     console.start_bar(job.schedule.planned_steps, progress.position.step)
     for result in train(job, progress.position, stop):
         step = result.position.step
@@ -37,22 +39,32 @@ def follow(job: Job, files: RunFiles, console: Console, progress: Progress, fact
             total_tokens=progress.total_tokens + result.tokens * result.applied,
         )  # fmt: skip
         _log(job, files, console, result, progress)
+        if result.applied and not math.isfinite(result.loss):
+            continue  # never saved: train() ends the run
         finished = job.schedule.finished(step, result.position.applied_rows)
         if result.applied and step % settings.evaluation.eval_steps == 0 and not finished:
             progress = _evaluated(job, files, console, progress)
-        if not finished and (result.stop or result.applied and step >= due):
+        if finished or result.stop or result.applied and step >= due:
+            if result.stop:
+                console.say("asked to stop: saving ...")
             problem = _save(job, root, progress, facts)
             # after a failure: soon again, the old checkpoint is still there
             due = step + max(1, every // 10) if problem else (step // every + 1) * every
             if problem:
-                console.say(f"warning: no checkpoint of step {step}: {problem}. Training goes on; tried again at step {due}.")
+                console.say(f"warning: no checkpoint of step {step}: {problem}."
+                            + ("" if finished or result.stop else f" Training goes on; tried again at step {due}."))  # fmt: skip
             if result.stop:
                 console.end_bar()
-                kept = "could not be saved: see above" if problem else f"was saved to {root}"
-                raise StopRequested(f"stopped on request after step {step}, which {kept}. The same command goes on from the newest"
-                                    " checkpoint.")  # fmt: skip
+                raise StopRequested(_stopped(step, f"could not be saved: {problem}" if problem else f"was saved to {root}"))
     console.end_bar()
-    return _evaluated(job, files, console, dataclasses.replace(progress, seconds=time.time() - started))
+    progress = _evaluated(job, files, console, dataclasses.replace(progress, seconds=time.time() - started))
+    if job.engine.total(stop())[0]:
+        raise StopRequested(_stopped(progress.position.step, "is the last; the model is still to be written"))
+    return progress
+
+
+def _stopped(step: int, what: str) -> str:
+    return f"stopped on request after step {step}, which {what}. The same command goes on from the newest checkpoint."
 
 
 def _save(job: Job, root: Path, progress: Progress, facts: dict) -> str:

@@ -87,16 +87,26 @@ def _launch(strategy: Strategy, launch_file: str | None, program: list[str], ext
 
 def _run(command: list[str], environment: dict[str, str], stdout: int | None) -> int:
     """Run the launcher to its end; its exit status. SIGTERM and SIGINT go to the ranks, which save: a launcher would leave them behind."""
-    process = subprocess.Popen(command, env=environment, stdout=stdout, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
+    process = subprocess.Popen(
+        command, env=environment, stdout=stdout,
+        start_new_session=True,  # a terminal's Ctrl-C is for this process alone: it ends launchers before their ranks have saved
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    )  # fmt: skip
+    asked: list[psutil.Process] = []
 
     def forward(number: int, frame: object) -> None:
-        for rank in _ranks_below(process.pid) or [process]:
+        ranks = _ranks_below(process.pid)
+        asked.extend(ranks)
+        for rank in ranks or [process]:
             with contextlib.suppress(psutil.Error):
                 rank.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return process.wait()
+        code = process.wait()
+        # who signals every process of a job ends the launcher, too, at once: the ranks that it leaves behind are saving
+        psutil.wait_procs(asked, timeout=SAVING_SECONDS)
+        return code
     finally:
         for number, old in before.items():
             signal.signal(number, old)

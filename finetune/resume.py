@@ -17,11 +17,33 @@ from finetune.report.console import Console
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
 BEFORE = "before-"
+ENDS_BYTES = 1 << 20
 
 
 def versions() -> dict[str, str]:
     """The versions of the libraries a run rests on."""
     return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def base_fingerprint(name_or_path: str, revision: str) -> str:
+    """What the base model's weights are: the commit of a hub model; names, sizes and both ends of the files of a local folder.
+
+    An adapter's checkpoint does not hold its base: another one in the same place must be noticed.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+        return Path(cached).parent.name if isinstance(cached, str) else "unknown"
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        size = file.stat().st_size
+        with open(file, "rb") as content:
+            digest.update(f"{file.name} {size} ".encode() + content.read(ENDS_BYTES))
+            content.seek(max(0, size - ENDS_BYTES))
+            digest.update(content.read())
+    return digest.hexdigest()[:16]
 
 
 def facts_of(job: Job) -> dict:
@@ -34,6 +56,7 @@ def facts_of(job: Job) -> dict:
         "same": {
             "recipe": comparable(plan.loaded.recipe.model_dump(mode="json", exclude_none=True)),
             "rows of the training data": plan.data.train.fingerprint,
+            "base model": base_fingerprint(plan.loaded.recipe.model.name_or_path, plan.loaded.recipe.model.revision),
             "tokenizer": hashlib.sha256((text + str(tokenizer.chat_template)).encode()).hexdigest(),
             "rows per optimizer step": plan.batch.global_batch_rows,
             "mixed precision": plan.strategy.mixed_precision,
@@ -62,7 +85,7 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
     root = output_dir / CHECKPOINTS
     found = checkpoint.choose(job.engine, root, console.say)
     if found is None:
-        _refuse_another_recipe(loaded, output_dir)
+        checkpoint.on_rank_0(job.engine, lambda: _refuse_what_is_there(loaded, output_dir))
         return Progress()
     different = differences(found.facts["same"], facts["same"], loaded.recipe.checkpoint.allow_changed)
     if different:
@@ -82,8 +105,14 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
     return progress
 
 
-def _refuse_another_recipe(loaded: Loaded, output_dir: Path) -> None:
-    """A folder without a checkpoint is started again, unless what was started there was something else."""
+def _refuse_what_is_there(loaded: Loaded, output_dir: Path) -> None:
+    """A folder without a checkpoint is started again, unless there was one, or what was started was something else."""
+    if damaged := snapshots.listing(output_dir / CHECKPOINTS):
+        raise UserError(
+            f"{loaded.where('output_dir')}: no checkpoint of {output_dir} can be used, see above (steps"
+            f" {', '.join(str(snapshot.step) for snapshot in damaged)}). Mend the disk, give another output_dir, or start over with"
+            " checkpoint.resume=never, which moves what is there away."
+        )
     there = read_resolved(output_dir / "recipe.yaml")
     if there is None:
         return
@@ -101,7 +130,8 @@ def _move_away(output_dir: Path, console: Console) -> None:
     here = [p for p in output_dir.iterdir() if not p.name.startswith((BEFORE, "."))] if output_dir.exists() else []
     if not here:
         return
-    number = 1 + max((int(p.name.removeprefix(BEFORE)) for p in output_dir.glob(f"{BEFORE}[0-9]*")), default=0)
+    numbers = [p.name.removeprefix(BEFORE) for p in output_dir.glob(f"{BEFORE}*")]
+    number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
     target = output_dir / f"{BEFORE}{number}"
     target.mkdir()
     for path in here:

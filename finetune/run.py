@@ -19,7 +19,7 @@ from finetune.launch import Strategy
 from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
 from finetune.run_lock import acquire
-from finetune.stopping import follow_launcher, stop_wish
+from finetune.stopping import STOP_FILE, follow_launcher, stop_wish
 
 
 
@@ -55,6 +55,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
         return
     if console.enabled:
         acquire(output_dir, console.say)  # until this process ends
+        (output_dir / STOP_FILE).unlink(missing_ok=True)  # it asked the run before
     console.say("finetune: loading libraries ...")
     from finetune.backend.probe import prepare_libraries
 
@@ -73,7 +74,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     facts = facts_of(job)
     progress = begin(job, console, output_dir, facts)
     files = RunFiles(output_dir, job.engine.rank == 0, _document(job) | {"resumed_from_step": progress.position.step or None})
-    files.start(loaded.dump(), progress.position.step, progress.position.window)
+    files.start(loaded.dump(), progress.position.window, [step for step, _ in progress.evaluations])
     try:
         summary = _train_and_export(job, files, console, facts, progress)
     except BaseException as error:  # however it ends, run.json says so; then it goes on its way
@@ -99,11 +100,11 @@ def _train_and_export(job, files, console, facts: dict, progress) -> dict:
     from finetune.export import export_model
     from finetune.follow import follow, summary_of
 
-    with stop_wish(files.output_dir, console.say) as stop:
-        progress = follow(job, files, console, progress, facts, stop)
-    console.say("writing the model ...")
     model_dir = files.output_dir / "model"
-    export_model(job.engine, job.plan.tokenizer, job.plan.facts.export_dtype, model_dir)
+    with stop_wish(files.output_dir) as stop:
+        progress = follow(job, files, console, progress, facts, stop)
+        console.say("writing the model ...")
+        export_model(job.engine, job.plan.tokenizer, job.plan.facts.export_dtype, model_dir)
     return summary_of(job, progress, model_dir)
 
 

@@ -30,11 +30,11 @@ def follow_launcher() -> None:
 
 
 @contextmanager
-def stop_wish(output_dir: Path, say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def stop_wish(output_dir: Path) -> Iterator[Callable[[], bool]]:
     """Within it SIGTERM, SIGINT and SIGUSR1 ask for a stop, and so does a file output_dir/STOP.
 
     A second SIGTERM or SIGINT, two seconds after the first signal or later, ends the process at once. Yields what tells whether this
-    rank was asked; `say` tells people. The signals are as they were afterwards.
+    rank was asked. The signals are as they were afterwards.
     """
     asked: list[float] = []
 
@@ -43,9 +43,7 @@ def stop_wish(output_dir: Path, say: Callable[[str], None]) -> Iterator[Callable
         if asked and number != LAUNCHER_DIED and now - asked[0] > SECOND_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if not asked:
-            say(f"{signal.Signals(number).name}: stopping after this step, then saving; the same signal again leaves at once ...")
-        asked.append(now)
+        asked.append(now)  # and nothing else: where the terminal has gone, a word would be an error in the middle of a step
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, LAUNCHER_DIED)}
     try:

@@ -72,14 +72,28 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe, killed
     assert losses(output) == losses(whole)
 
 
-def test_without_any_good_checkpoint_the_run_starts_again(recipe, killed, whole, tmp_path):
+def test_killed_while_writing_the_model_only_that_is_done_again(recipe, whole, tmp_path):
+    output = tmp_path / "run"
+    killed = run(command(ROOT / "tests/launched/killed_export.py", recipe, output))
+    assert killed.returncode == -9 and not (output / "model").exists()
+    done = train(recipe, output)
+    assert done.returncode == 0 and "resuming after step 8" in done.stderr, done.stderr[-3000:]
+    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (output, whole)]
+    kept = [[(row["step"], row.get("loss"), row.get("eval_loss")) for row in each] for each in rows]
+    assert kept[0] == kept[1]
+    assert (output / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_without_any_good_checkpoint_nothing_is_touched(recipe, killed, tmp_path):
     output = Path(shutil.copytree(killed, tmp_path / "run"))
     for folder in (output / "checkpoints").glob("step-*"):
         (folder / "manifest.json").unlink()
+    before = (output / "metrics.jsonl").read_bytes()
     done = train(recipe, output)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 2, done.stderr[-3000:]
     assert done.stderr.count("is damaged and not used") == 2
-    assert losses(output) == losses(whole)
+    assert "can be used, see above (steps 4, 6)" in done.stderr.splitlines()[-1]
+    assert (output / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_recipe_is_refused_with_what_changed_unless_it_is_allowed(recipe, killed, tmp_path):

@@ -56,6 +56,7 @@ WAYS: dict[str, tuple[list[str], Callable[[Started], object]]] = {
     "SIGKILL to accelerate launch, two ranks": (accelerate_launch("cpu_2_ranks.yaml"), lambda run: run.process.kill()),
     "SIGUSR1 to one of two ranks": (finetune_train("cpu_2_ranks.yaml"), lambda run: run.ranks[1].send_signal(signal.SIGUSR1)),
     "SIGTERM to finetune train": (finetune_train("cpu.yaml"), lambda run: run.process.terminate()),
+    "Ctrl-C in the terminal of finetune train": (finetune_train("cpu.yaml"), lambda run: os.killpg(run.process.pid, signal.SIGINT)),
     "a STOP file, ZeRO-3 with offload": (finetune_train("zero3_offload_cpu_2_ranks.yaml"), lambda run: (run.output / "STOP").touch()),
 }
 
@@ -86,7 +87,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_leaves_nothing_behind(way, recipe
     log = tmp_path / "log"
     output = tmp_path / "run"
     with open(log, "w") as stderr:
-        process = subprocess.Popen([*command, recipe, *LONG, f"output_dir={output}"], env=env, stdout=stderr, stderr=stderr)
+        process = subprocess.Popen([*command, recipe, *LONG, f"output_dir={output}"], env=env, stdout=stderr, stderr=stderr,
+                                   start_new_session=True)  # fmt: skip
     run = Started(process, output)
     try:
         wait_for(lambda: len(steps(output)) >= 3, 120, process)

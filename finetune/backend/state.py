@@ -44,10 +44,14 @@ def save_state(engine: Engine, folder: Path) -> list[str]:
 def load_state(engine: Engine, folder: Path) -> None:
     """Read what `save_state` wrote under the same strategy; `folder` has been verified. A collective."""
     if engine.strategy.engine == "deepspeed":
+        # DeepSpeed brings the groups' settings back with the state; the recipe's stand, also where a change was allowed
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
         found, _ = engine.module.load_checkpoint(
             str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
         )
         assert found is not None, f"DeepSpeed read nothing from {folder}"
+        for group, values in zip(engine.optimizer.param_groups, settings, strict=True):
+            group.update(values)
         return
     saved = load_file(folder / MODEL)
     mine = _trained(engine)
@@ -80,15 +84,15 @@ def _save_shards(engine: Engine, folder: Path) -> list[str]:
             errors.append(error if isinstance(error, OSError) else OSError(f"{path}: {error}"))
 
     writer.save = save_or_keep_the_error
+    # its conversion scripts are no state, and a full disk would stop rank 0 before the others' barrier
+    engine.module._copy_recovery_script = lambda save_path: None
     try:
         engine.module.save_checkpoint(str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
     finally:
         writer.save = save
+        del engine.module._copy_recovery_script
     if errors:
         raise errors[0]
-    if engine.rank == 0:
-        for script in folder.glob("zero_to_*.py"):  # DeepSpeed leaves its conversion scripts beside the shards: no state
-            script.unlink()
     names = sorted(str(path.relative_to(folder)) for path in (folder / SHARDS).rglob("*") if path.is_file())
     owner = {name: int(found[1]) if (found := _OF_RANK.search(name)) else 0 for name in names}
     return [name for name in names if owner[name] == engine.rank]
@@ -97,7 +101,8 @@ def _save_shards(engine: Engine, folder: Path) -> list[str]:
 def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, its tensors moved to `tensors` under a name of their own. Keys of dictionaries become text."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().contiguous()
+        # a copy: bitsandbytes gives every parameter the same table of 8-bit values, and safetensors refuses shared memory
+        tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, dict):
         return {"items": {str(key): _split(item, f"{name}/{key}" if name else str(key), tensors) for key, item in value.items()}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from tqdm import tqdm
@@ -36,8 +37,9 @@ class Console:
     def say(self, text: str) -> None:
         """One line (or block), without tearing the progress bar."""
         if self.enabled:
-            tqdm.write(text, file=sys.stderr)
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # the terminal may have gone; the run goes on
+                tqdm.write(text, file=sys.stderr)
+                sys.stderr.flush()
 
     def facts(self, rows: dict[str, str]) -> None:
         """Aligned `name  value` lines."""
@@ -58,10 +60,12 @@ class Console:
             f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s, peak {human_bytes(peak_bytes)}",
             refresh=False,
         )
-        self.bar.update(step - self.bar.n)
+        with contextlib.suppress(OSError):
+            self.bar.update(step - self.bar.n)
 
     def end_bar(self) -> None:
         """Close the progress bar, if one is open."""
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()
             self.bar = None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-
-from finetune.stopping import STOP_FILE
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -42,14 +41,15 @@ class RunFiles:
     enabled: bool
     document: dict
 
-    def start(self, recipe_text: str, step: int = 0, window: int = 0) -> None:
-        """Claim the folder: resolved recipe, run.json with status running, metrics.jsonl cut to what was before `window`."""
+    def start(self, recipe_text: str, window: int = 0, evaluated: Collection[int] = ()) -> None:
+        """Claim the folder: resolved recipe, run.json with status running, metrics.jsonl cut to `window` windows and the evaluations
+        at the steps in `evaluated`.
+        """
         if not self.enabled:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        (self.output_dir / STOP_FILE).unlink(missing_ok=True)  # it asked the run before
-        _cut(self.output_dir / METRICS_FILE, step, window)
+        _cut(self.output_dir / METRICS_FILE, window, evaluated)
         self.update(status="running", exit_code=None)
 
     def log(self, row: dict) -> None:
@@ -66,8 +66,8 @@ class RunFiles:
             write_json(self.output_dir / RUN_FILE, self.document)
 
 
-def _cut(metrics: Path, step: int, window: int) -> None:
-    """Keep the rows of windows up to `window` and of evaluations up to `step`: what came later is done again."""
+def _cut(metrics: Path, window: int, evaluated: Collection[int]) -> None:
+    """Keep the rows of windows up to `window` and of evaluations that are known of: what came later is done again."""
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
     kept = []
     for line in lines if window else []:
@@ -75,7 +75,7 @@ def _cut(metrics: Path, step: int, window: int) -> None:
             row = json.loads(line)
         except ValueError:  # the last line of a killed run
             continue
-        if row["window"] <= window if "window" in row else row["step"] <= step:
+        if row["window"] <= window if "window" in row else row["step"] in evaluated:
             kept.append(line)
     temporary = metrics.with_name(metrics.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
