@@ -53,13 +53,11 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     if strategy.machines == 1 and not again and is_finished(output_dir):
         console.say(f"{output_dir} holds a finished run: nothing to do. For another run give another output_dir.")
         return
-    if console.enabled:
-        acquire(output_dir, console.say)  # until this process ends
-        (output_dir / STOP_FILE).unlink(missing_ok=True)  # it asked the run before
     console.say("finetune: loading libraries ...")
     from finetune.backend.probe import prepare_libraries
 
     prepare_libraries(strategy.use_cpu)
+    from finetune.checkpoint import on_rank_0
     from finetune.job import assemble, prepare_plan  # torch is imported here: a wrong recipe has been answered by now
     from finetune.resume import begin, facts_of
 
@@ -71,6 +69,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     _describe(console, job, output_dir)
     for line in advice(loaded, plan.batch, plan.max_grad_norm):
         console.say(line)
+    on_rank_0(job.engine, lambda: _claim(output_dir, console))
     facts = facts_of(job)
     progress = begin(job, console, output_dir, facts)
     files = RunFiles(output_dir, job.engine.rank == 0, _document(job) | {"resumed_from_step": progress.position.step or None})
@@ -87,6 +86,12 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     job.engine.wait()
     _summarise(console, summary, output_dir)
     job.engine.close()
+
+
+def _claim(output_dir: Path, console) -> None:
+    """Hold the folder until this process ends; what asked the run before to stop does not ask this one. Raises UserError."""
+    acquire(output_dir, console.say)
+    (output_dir / STOP_FILE).unlink(missing_ok=True)
 
 
 def _finished(job, output_dir: Path) -> bool:
