@@ -25,7 +25,8 @@ STATE = "state.json"
 BYTES_PER_TRAINED_PARAMETER = 16  # at most: DeepSpeed's weights in 16 bits, float32 copy and two moments; some more for the rest
 # Keys that change neither the rows of a window nor what is done with them.
 FREE_KEYS = ("output_dir", "include", "logging.", "checkpoint.", "evaluation.", "training.per_device_train_batch_size",
-             "training.gradient_accumulation_steps", "training.gradient_checkpointing")  # fmt: skip
+             "training.gradient_accumulation_steps", "training.gradient_checkpointing",
+             "training.stop_on_loss_spike")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Progress:
     train_loss: float | None = None
     evaluations: tuple[tuple[int, float], ...] = ()
     seconds: float = 0.0
+    recent_losses: tuple[float, ...] = ()  # of applied windows, for spikes.py
 
     @property
     def best_step(self) -> int | None:
@@ -122,7 +124,8 @@ def read_progress(folder: Path) -> Progress:
     position = document.pop("position")
     noise = NoiseState(**position.pop("noise"))
     evaluations = tuple((step, loss) for step, loss in document.pop("evaluations"))
-    return Progress(Position(**position, noise=noise), evaluations=evaluations, **document)
+    recent = tuple(document.pop("recent_losses"))
+    return Progress(Position(**position, noise=noise), evaluations=evaluations, recent_losses=recent, **document)
 
 
 def differences(then: dict, now: dict, allowed: Sequence[str] = ()) -> list[str]:

@@ -5,24 +5,30 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
-from finetune import checkpoint
+from finetune import checkpoint, spikes
 from finetune.backend.probe import device_peak_bytes, host_peak_bytes
 from finetune.checkpoint import Progress
-from finetune.errors import StopRequested
+from finetune.errors import Diverged, StopRequested
 from finetune.job import Job
-from finetune.loop import StepResult, evaluate, train
+from finetune.loop import StepResult, evaluate, row_list, train
 from finetune.report.console import Console
 from finetune.report.files import RunFiles
+from finetune.stopping import SAVE_FILE, Wishes
+from finetune.windows import Position
 
 CHECKPOINTS = "checkpoints"
 
 
-def follow(job: Job, files: RunFiles, console: Console, progress: Progress, facts: dict, stop) -> Progress:
+def follow(job: Job, files: RunFiles, console: Console, progress: Progress, facts: dict,
+           wishes: Callable[[], Wishes]) -> Progress:  # fmt: skip
     """Train from `progress` to the end and return the progress there.
 
-    `stop` says whether this rank was asked to stop. Raises StopRequested when one was, after saving, and Diverged.
+    `wishes` are what this rank was asked for. Raises StopRequested when one was asked to stop, after saving, and Diverged.
     """
     settings = job.plan.loaded.recipe
     started = time.time() - progress.seconds
@@ -32,19 +38,27 @@ def follow(job: Job, files: RunFiles, console: Console, progress: Progress, fact
     if not progress.evaluations:
         progress = _evaluated(job, files, console, progress)
     console.start_bar(job.schedule.planned_steps, progress.position.step)
-    for result in train(job, progress.position, stop):
+    before: deque[Position] = deque(maxlen=spikes.IN_A_ROW)  # where the last applied windows began
+    for result in train(job, progress.position, wishes):
         step = result.position.step
+        if result.applied:
+            before.append(progress.position)
         progress = dataclasses.replace(
             progress, position=result.position, train_loss=result.loss, seconds=time.time() - started,
             total_tokens=progress.total_tokens + result.tokens * result.applied,
+            recent_losses=spikes.remember(progress.recent_losses, result.loss) if result.applied else progress.recent_losses,
         )  # fmt: skip
         _log(job, files, console, result, progress)
         if result.applied and not math.isfinite(result.loss):
             continue  # never saved: train() ends the run
+        far_out = spikes.far_out(progress.recent_losses)
+        if far_out == spikes.IN_A_ROW and settings.training.stop_on_loss_spike and result.applied:
+            raise Diverged(_spike(job, progress, before))
         finished = job.schedule.finished(step, result.position.applied_rows)
         if result.applied and step % settings.evaluation.eval_steps == 0 and not finished:
             progress = _evaluated(job, files, console, progress)
-        if finished or result.stop or result.applied and step >= due:
+        # what may be the beginning of a spike is not saved over what came before it
+        if finished or result.stop or result.save or result.applied and step >= due and not far_out:
             if result.stop:
                 console.say("asked to stop: saving ...")
             problem = _save(job, root, progress, facts)
@@ -56,15 +70,31 @@ def follow(job: Job, files: RunFiles, console: Console, progress: Progress, fact
             if result.stop:
                 console.end_bar()
                 raise StopRequested(_stopped(step, f"could not be saved: {problem}" if problem else f"was saved to {root}"))
+            if result.save:
+                (files.output_dir / SAVE_FILE).unlink(missing_ok=True)
+                console.say(f"asked to save: {'see the warning' if problem else f'step {step} is in {root}'}")
     console.end_bar()
     progress = _evaluated(job, files, console, dataclasses.replace(progress, seconds=time.time() - started))
-    if job.engine.total(stop())[0]:
+    if job.engine.total(wishes().stop)[0]:
         raise StopRequested(_stopped(progress.position.step, "is the last; the model is still to be written"))
     return progress
 
 
 def _stopped(step: int, what: str) -> str:
     return f"stopped on request after step {step}, which {what}. The same command goes on from the newest checkpoint."
+
+
+def _spike(job: Job, progress: Progress, before: Sequence[Position]) -> str:
+    losses = progress.recent_losses
+    usual, spike = losses[: -spikes.IN_A_ROW], losses[-spikes.IN_A_ROW :]
+    first = job.next_window(before[0])
+    return (
+        f"loss spike: steps {progress.position.step - spikes.IN_A_ROW + 1} to {progress.position.step} have losses"
+        f" {', '.join(f'{loss:.4g}' for loss in spike)}; the {len(usual)} before have the median {median(usual):.4g}, and more than"
+        f" {spikes.limit(usual):.4g} is far out. {row_list(first)}. The newest checkpoint is from before the spike. Look at the rows, or go"
+        " on with a lower training.learning_rate and checkpoint.allow_changed=[training.learning_rate];"
+        " training.stop_on_loss_spike=false trains on."
+    )
 
 
 def _save(job: Job, root: Path, progress: Progress, facts: dict) -> str:

@@ -16,6 +16,7 @@ from finetune.errors import Diverged
 from finetune.job import Job
 from finetune.objectives import trained_tokens
 from finetune.noise_scale import NoiseState
+from finetune.stopping import Wishes
 from finetune.windows import Position, Window, deal
 
 SKIPPED_IN_A_ROW = 3  # windows whose gradient is not finite: a bad row is one, weights that left the numbers do not come back
@@ -41,27 +42,23 @@ class StepResult:
     applied: bool
     position: Position  # behind this window
     stop: bool  # whether a rank was asked to stop; the same on every rank
+    save: bool  # whether one was asked for a checkpoint
 
 
-def nobody() -> bool:
-    """The wish of a rank that was not asked to stop."""
-    return False
-
-
-def train(job: Job, position: Position = Position(), stop: Callable[[], bool] = nobody) -> Iterator[StepResult]:
-    """Train from `position` until the schedule ends, yielding after every window; `stop` is this rank's wish.
+def train(job: Job, position: Position = Position(), wishes: Callable[[], Wishes] = Wishes) -> Iterator[StepResult]:
+    """Train from `position` until the schedule ends, yielding after every window; `wishes` are what this rank was asked for.
 
     Raises Diverged after a few windows in a row that are not finite; each is skipped on every rank.
     """
     job.engine.settle_buckets(job.collate(job.train_rows, ()))
     while not job.schedule.finished(position.step, position.applied_rows) and (window := job.next_window(position)):
-        result = train_window(job, window, position, stop)
+        result = train_window(job, window, position, wishes)
         position = result.position
         yield result
         _refuse_divergence(job, result, window)
 
 
-def train_window(job: Job, window: Window, position: Position, stop: Callable[[], bool]) -> StepResult:
+def train_window(job: Job, window: Window, position: Position, wishes: Callable[[], Wishes]) -> StepResult:
     """One window: count its trained tokens over all ranks, then accumulate its micro-batches into one optimizer step."""
     started = time.perf_counter()
     engine = job.engine
@@ -80,7 +77,8 @@ def train_window(job: Job, window: Window, position: Position, stop: Callable[[]
         if watch:
             watch.end_micro_batch(trained_tokens(micro_batch))
     noise = _measure_noise(job, position, watch, tokens, len(window.rows)) if watch else position.noise
-    loss, stops = engine.total(summed_loss / tokens, stop())
+    asked = wishes()
+    loss, stops, saves = engine.total(summed_loss / tokens, asked.stop, asked.save)
     return StepResult(
         step=position.step + engine.applied,
         window=window.index + 1,
@@ -97,6 +95,7 @@ def train_window(job: Job, window: Window, position: Position, stop: Callable[[]
         applied=engine.applied,
         position=position.after(window, engine.applied, noise),
         stop=stops > 0,
+        save=saves > 0,
     )
 
 
@@ -150,7 +149,12 @@ def _refuse_divergence(job: Job, result: StepResult, window: Window) -> None:
         return
     raise Diverged(
         f"diverged in window {result.window} (step {result.step}): loss {result.loss}, gradient norm {result.grad_norm},"
-        f" {result.position.skipped_in_a_row} windows in a row not applied. Its rows: {', '.join(map(str, window.rows[:16]))}"
-        f"{' ...' * (len(window.rows) > 16)} of the training data, counted from 0. No weights were written. Lower"
+        f" {result.position.skipped_in_a_row} windows in a row not applied. {row_list(window)}. No weights were written. Lower"
         " training.learning_rate, warm up longer, or look at the rows."
     )
+
+
+def row_list(window: Window) -> str:
+    """The rows of a window in words, the first 16."""
+    more = " ..." if len(window.rows) > 16 else ""
+    return f"Rows of window {window.index + 1}: {', '.join(map(str, window.rows[:16]))}{more} of the training data, counted from 0"

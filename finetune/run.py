@@ -19,7 +19,7 @@ from finetune.launch import Strategy
 from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
 from finetune.run_lock import acquire
-from finetune.stopping import STOP_FILE, follow_launcher, stop_wish
+from finetune.stopping import STOP_FILE, follow_launcher, listening
 
 
 
@@ -106,8 +106,8 @@ def _train_and_export(job, files, console, facts: dict, progress) -> dict:
     from finetune.follow import follow, summary_of
 
     model_dir = files.output_dir / "model"
-    with stop_wish(files.output_dir) as stop:
-        progress = follow(job, files, console, progress, facts, stop)
+    with listening(files.output_dir) as wishes:
+        progress = follow(job, files, console, progress, facts, wishes)
         console.say("writing the model ...")
         export_model(job.engine, job.plan.tokenizer, job.plan.facts.export_dtype, model_dir)
     return summary_of(job, progress, model_dir)

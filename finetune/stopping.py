@@ -1,6 +1,6 @@
-"""The wish to stop: a signal to this process, the death of its launcher, or a file in the output folder.
+"""Wishes during a run: to stop (a signal to this process, the death of its launcher, a file) or to save (a file).
 
-It is granted at the end of a window, on all ranks the same one (loop.py adds the wishes of all ranks up), after saving.
+They are granted at the end of a window, on all ranks the same one (loop.py adds the wishes of all ranks up), after saving.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-STOP_FILE = "STOP"
+STOP_FILE, SAVE_FILE = "STOP", "SAVE"  # in the output folder
+EXTRA_STOP_FILE = "FINETUNE_STOP_FILE"  # environment variable: a second place for STOP, for launch scripts that know no recipe
 LAUNCHER_DIED = signal.SIGUSR1  # what the kernel sends us; schedulers send it too, as an early warning
 PR_SET_PDEATHSIG = 1
 SECOND_SECONDS = 2.0  # one Ctrl-C reaches a rank up to three times: by the terminal, its launcher, and the launcher's death
@@ -29,13 +31,22 @@ def follow_launcher() -> None:
             os.kill(os.getpid(), LAUNCHER_DIED)
 
 
-@contextmanager
-def stop_wish(output_dir: Path) -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM, SIGINT and SIGUSR1 ask for a stop, and so does a file output_dir/STOP.
+@dataclass(frozen=True)
+class Wishes:
+    """What this rank was asked for: to save and end, to save and go on."""
 
-    A second SIGTERM or SIGINT, two seconds after the first signal or later, ends the process at once. Yields what tells whether this
-    rank was asked. The signals are as they were afterwards.
+    stop: bool = False
+    save: bool = False
+
+
+@contextmanager
+def listening(output_dir: Path) -> Iterator[Callable[[], Wishes]]:
+    """Within it SIGTERM, SIGINT and SIGUSR1 ask for a stop, and so does a file output_dir/STOP; output_dir/SAVE asks for a checkpoint.
+
+    A second SIGTERM or SIGINT, two seconds after the first signal or later, ends the process at once. Yields what tells the wishes so
+    far. The signals are as they were afterwards.
     """
+    stop_files = [output_dir / STOP_FILE, *(Path(path) for path in [os.environ.get(EXTRA_STOP_FILE)] if path)]
     asked: list[float] = []
 
     def handler(number: int, frame: object) -> None:
@@ -47,7 +58,7 @@ def stop_wish(output_dir: Path) -> Iterator[Callable[[], bool]]:
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, LAUNCHER_DIED)}
     try:
-        yield lambda: bool(asked) or (output_dir / STOP_FILE).exists()
+        yield lambda: Wishes(bool(asked) or any(file.exists() for file in stop_files), (output_dir / SAVE_FILE).exists())
     finally:
         for number, old in before.items():
             signal.signal(number, old)

@@ -2,7 +2,9 @@
 
 import os
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,28 @@ def test_the_sbatch_file_calls_it_once_per_node(folder):
     assert done.stdout.strip() == called
     text = script.read_text()
     assert "#SBATCH --ntasks-per-node=1" in text and "#SBATCH --nodes=2" in text
+
+
+def test_the_early_signal_asks_the_run_to_save_and_queues_the_job_again(folder):
+    tool(folder, "scontrol", f'echo "$@" >> {folder}/scontrol.log')
+    tool(folder, "srun", f"""
+touch {folder}/started
+while [ ! -e "$FINETUNE_STOP_FILE" ]; do sleep 0.05; done
+sleep 0.3
+exit $(cat {folder}/status)""")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    environ |= {"PATH": f"{folder}/bin:{environ['PATH']}", "FINETUNE_ROOT": str(folder), "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": "/"}
+    (folder / "scripts").mkdir()
+    (folder / "scripts/launch_multinode.sh").touch()
+    for status, queued in ((1, "requeue 77\n"), (0, "")):  # saved and ended; was done anyway
+        (folder / "status").write_text(str(status))
+        for left in ("started", "scontrol.log"):
+            (folder / left).unlink(missing_ok=True)
+        job = subprocess.Popen(["bash", str(ROOT / "scripts/launch.slurm"), "recipe.yaml"], env=environ, cwd=folder)
+        while not (folder / "started").exists():
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(30) == status
+        log = folder / "scontrol.log"
+        assert (log.read_text() if log.exists() else "") == queued
+        assert not list(folder.glob(".finetune-stop*"))

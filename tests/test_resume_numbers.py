@@ -56,6 +56,26 @@ def test_several_in_a_row_end_the_run_and_name_the_rows(recipe, tmp_path):
     assert done.returncode != 0
     document = json.loads((output / "run.json").read_text())
     assert (document["status"], document["exit_code"]) == ("failed", 4)
-    assert document["message"].startswith("diverged in window 5 (step 2): loss nan") and "Its rows: " in document["message"]
+    assert document["message"].startswith("diverged in window 5 (step 2): loss nan") and "Rows of window 5: " in document["message"]
     assert not (output / "model").exists()
     assert (output / "checkpoints/latest").read_text().strip() == "step-2", "the last good one stays"
+
+
+def test_a_loss_spike_ends_the_run_with_the_checkpoint_from_before_it(recipe, tmp_path):
+    output = tmp_path / "run"
+    file = launch_file(tmp_path / "launch.yaml", ranks=2)
+    settings = ["training.max_steps=60", "checkpoint.save_steps=1", "evaluation.eval_steps=100", "training.lr_scheduler_type=constant"]
+    spiking = ROOT / "tests/launched/spiking_run.py"
+    done = accelerate(file, spiking, "40", recipe, *settings, f"output_dir={output}")
+    document = json.loads((output / "run.json").read_text())
+    assert (document["status"], document["exit_code"]) == ("failed", 4), done.stderr[-3000:]
+    assert "loss spike: steps " in document["message"] and "Rows of window " in document["message"]
+    assert document["message"] in done.stderr
+    steps = sorted(int(folder.name.removeprefix("step-")) for folder in (output / "checkpoints").glob("step-*"))
+    spike = [row["step"] for row in windows(output)][-3:]
+    assert steps[-1] == spike[0] - 1, "every step was to be saved, and of the spike none was"
+    settings[0] = f"training.max_steps={spike[-1] + 2}"
+    allowed = "checkpoint.allow_changed=[training.stop_on_loss_spike, training.max_steps]"
+    done = accelerate(file, spiking, "40", recipe, *settings, allowed, "training.stop_on_loss_spike=false", f"output_dir={output}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resuming after step {steps[-1]}" in done.stderr and windows(output)[-1]["step"] == spike[-1] + 2

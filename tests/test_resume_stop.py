@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,7 @@ WAYS: dict[str, tuple[list[str], Callable[[Started], object]]] = {
     "SIGUSR1 to one of two ranks": (finetune_train("cpu_2_ranks.yaml"), lambda run: run.ranks[1].send_signal(signal.SIGUSR1)),
     "SIGTERM to finetune train": (finetune_train("cpu.yaml"), lambda run: run.process.terminate()),
     "Ctrl-C in the terminal of finetune train": (finetune_train("cpu.yaml"), lambda run: os.killpg(run.process.pid, signal.SIGINT)),
+    "the launch script's own stop file": (finetune_train("cpu.yaml"), lambda run: (run.output.parent / "stop").touch()),
     "a STOP file, ZeRO-3 with offload": (finetune_train("zero3_offload_cpu_2_ranks.yaml"), lambda run: (run.output / "STOP").touch()),
 }
 
@@ -83,7 +85,7 @@ def wait_for(what: Callable[[], object], seconds: float, process: subprocess.Pop
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_is_asked_to_stop_saves_and_leaves_nothing_behind(way, recipe, tmp_path):
     command, ask = WAYS[way]
-    env = environment(FINETUNE_CACHE=str(tmp_path.parent / "cache"), PYTHONPATH=str(ROOT))
+    env = environment(FINETUNE_CACHE=str(tmp_path.parent / "cache"), PYTHONPATH=str(ROOT), FINETUNE_STOP_FILE=str(tmp_path / "stop"))
     log = tmp_path / "log"
     output = tmp_path / "run"
     with open(log, "w") as stderr:
@@ -92,6 +94,12 @@ def test_a_run_that_is_asked_to_stop_saves_and_leaves_nothing_behind(way, recipe
     run = Started(process, output)
     try:
         wait_for(lambda: len(steps(output)) >= 3, 120, process)
+        if "STOP" in way:
+            (output / "SAVE").touch()
+            wait_for(lambda: not (output / "SAVE").exists() and (output / "checkpoints/latest").exists(), 60, process)
+            saved = (output / "checkpoints/latest").read_text().strip()
+            wait_for(lambda: steps(output)[-1] > int(saved.removeprefix("step-")), 60, process)
+            shutil.rmtree(output / "checkpoints" / saved)
         everybody = [psutil.Process(process.pid), *run.below]
         ask(run)
         process.wait(60)
