@@ -171,6 +171,8 @@ class TrainingSection(Section):
     """The whole window's gradient is scaled down to this norm; 0 does not clip."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward: less memory, about a third more time, the same mathematics."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time: slower on a GPU, and an operation that has none ends the run with its name."""
     stop_on_loss_spike: bool = True
     """End the run with status 4 when the losses of three steps in a row are far above those before (finetune/spikes.py: the rule)."""
     seed: int = Field(42, ge=0, le=2**32 - 1)

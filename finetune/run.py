@@ -56,7 +56,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     console.say("finetune: loading libraries ...")
     from finetune.backend.probe import prepare_libraries
 
-    prepare_libraries(strategy.use_cpu)
+    prepare_libraries(strategy.use_cpu, loaded.recipe.training.deterministic)
     from finetune.checkpoint import on_rank_0
     from finetune.job import assemble, prepare_plan  # torch is imported here: a wrong recipe has been answered by now
     from finetune.resume import begin, facts_of

@@ -167,9 +167,9 @@ def test_a_missing_file_and_a_folder(tmp_path):
 
 
 def test_keys_that_come_later_are_refused_by_name(tmp_path):
-    (message,) = problems(tmp_path, MINIMAL + "training: {deterministic: true}\n")
-    assert message.startswith("recipe.yaml:4: training.deterministic is not a key of training.")
-    assert message.endswith("training.deterministic is not available yet; leave it out.")
+    (message,) = problems(tmp_path, MINIMAL + "training: {pure_bf16: true}\n")
+    assert message.startswith("recipe.yaml:4: training.pure_bf16 is not a key of training.")
+    assert message.endswith("training.pure_bf16 is not available yet; leave it out.")
 
 
 def every_key():

@@ -31,10 +31,12 @@ class Run:
 
 RUNS = {
     "one process, LoRA with dropout, adaptive": Run(dict(ranks=1), (*LORA, ADAPTIVE)),
-    "one process, QLoRA, 8-bit AdamW, bf16": Run(dict(ranks=1, precision="bf16"), (*QLORA[1:], "lora.r=256", "training.optim=adamw_8bit")),
+    "one process, QLoRA, 8-bit AdamW, bf16": Run(
+        dict(ranks=1, precision="bf16"), (*QLORA[1:], "lora.r=256", "training.optim=adamw_8bit", "training.deterministic=true")
+    ),
     "DDP on 2 ranks, weighted mixture, warm-up of the batch": Run(dict(ranks=2), ("MIXTURE", WARMUP)),
     "DDP on 3 ranks": Run(dict(ranks=3), ("training.global_batch_size=12",)),
-    "ZeRO-2, bf16": Run(dict(ranks=2, zero_stage=2, precision="bf16")),
+    "ZeRO-2, bf16": Run(dict(ranks=2, zero_stage=2, precision="bf16"), ("training.deterministic=true",)),
     "ZeRO-3 with offload": Run(dict(ranks=2, **OFFLOAD), (ADAPTIVE,)),
     "ZeRO-3 with offload, LoRA, bf16": Run(dict(ranks=2, precision="bf16", **OFFLOAD), LORA),
     "ZeRO-1": Run(dict(ranks=2, zero_stage=1)),

@@ -62,7 +62,7 @@ def test_weights_that_are_not_finite_end_the_run_after_three_windows(start):
     next(steps)
     last_norm(job).data[0] = torch.inf
     assert [next(steps).applied for _ in range(3)] == [False] * 3
-    with pytest.raises(Diverged, match=r"diverged in window 4 \(step 1\).*3 windows in a row not applied. Its rows: "):
+    with pytest.raises(Diverged, match=r"diverged in window 4 \(step 1\).*3 windows in a row not applied. Rows of window 4: "):
         next(steps)
 
 

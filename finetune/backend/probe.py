@@ -42,11 +42,18 @@ def host_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def prepare_libraries(use_cpu: bool = False) -> None:
+def prepare_libraries(use_cpu: bool = False, deterministic: bool = False) -> None:
     """Settle what the libraries read at import, and keep what no user can act on out of the terminal. The user sets nothing.
 
-    Called before accelerate, transformers or DeepSpeed is imported, and before the first question for a device.
+    Called before accelerate, transformers or DeepSpeed is imported, and before the first question for a device. With `deterministic`,
+    an operation that adds up in another order from run to run is replaced, or raises RuntimeError with its name.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, also where DeepSpeed pads its buffers
+        torch.backends.cudnn.benchmark = False
     if use_cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # accelerate hands use_cpu on to single processes only
     if not has_accelerator():
