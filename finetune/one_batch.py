@@ -51,6 +51,11 @@ class Reference:
                 if name in state:
                     parameter.copy_(state[name])
 
+    def set_lr(self, learning_rate: float) -> None:
+        """Learning rate of the steps to come."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
     def step(self, rows: Sequence[Row]) -> tuple[float, float]:
         """One optimizer step on one batch of all rows; (mean loss per trained token, gradient norm before clipping)."""
         batch = data.collate(rows, self.padding)

@@ -1,7 +1,7 @@
 """`finetune verify`: is the update of accumulated micro-batches that of one big batch, on this machine, for this recipe?
 
-Inside a launch every rank runs windows of the recipe's rows through the launch's engine with plain SGD (learning rate 1), so
-that the update is the clipped gradient; rank 0 takes the same rows as one big float32 batch from the same weights, without
+Inside a launch every rank runs windows of the recipe's rows through the launch's engine with plain SGD, so that the update is
+the clipped gradient times the learning rate; rank 0 takes the same rows as one big float32 batch from the same weights, without
 any engine. docs/gradient_accumulation.md derives the tolerances.
 """
 
@@ -25,6 +25,9 @@ from finetune.recipe import Loaded
 
 MOST_MICRO_BATCHES = 8  # of the configured window, without --full
 SHORT_ROW_TOKENS = 256  # rows are cut to this, without --full
+# Learning rate as a share of the trained weights' norm. The update is read off float32 weights, so it must not be tiny; steps of the
+# weights' own size lead LoRA, which begins at zero, to where bf16's rounding alone is 10 % of the gradient.
+STEP_SHARE = 2.0**-6
 SGD = ("training.optim=sgd", "training.learning_rate=1.0", "training.weight_decay=0.0")
 # Relative error of a gradient; docs/gradient_accumulation.md says where the factors come from.
 TOLERANCE = {"no": 64 * 2.0**-24, "bf16": 16 * 2.0**-8, "fp16": 16 * 2.0**-11}
@@ -75,7 +78,7 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
     from finetune import data, model
     from finetune.backend import engine as backend
     from finetune.objectives import SummedLoss
-    from finetune.one_batch import Reference
+    from finetune.one_batch import Reference, norm
     from finetune.optim import make_optimizer
 
     loaded, strategy, batch = settled.loaded, settled.strategy, settled.batch
@@ -99,6 +102,10 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
     for module in [network, reference.network] if reference else [network]:
         _no_dropout(module)
     engine.prepare(SummedLoss(network), make_optimizer(network, small.recipe, strategy))
+    rate = engine.broadcast_object(STEP_SHARE * norm(engine.gather_state(only_trained=True)))
+    engine.set_lr(rate)
+    if reference is not None:
+        reference.set_lr(rate)
     cases = [_case(engine, reference, name, [rows[i % len(rows)] for i in range(count)], batch.per_device_rows, padding)
              for name, count in _windows(batch.per_device_rows * batch.ranks, steps)]  # fmt: skip
     passed = engine.total(0 if reference is None or all(case.passed for case in cases) else 1)[0] == 0

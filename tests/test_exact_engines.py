@@ -106,7 +106,7 @@ def test_a_float32_buffer_keeps_what_a_bf16_buffer_loses(launched):
 
 def test_ddp_reduces_once_per_window_whatever_its_micro_batches(launched):
     launch, found = launched
-    if launch.ranks == 1:
+    if launch.ranks == 1 or launch.precision != "no":
         assert not found["communication"]
         return
     counted = {row["K"]: row["collectives"] for row in found["communication"]}

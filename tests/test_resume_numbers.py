@@ -18,6 +18,7 @@ LAUNCHES = {
     "DDP": dict(ranks=2),
     "ZeRO-1": dict(ranks=2, zero_stage=1),
     "ZeRO-2, bf16": dict(ranks=2, zero_stage=2, precision="bf16"),
+    "ZeRO-2 with offload, bf16": dict(ranks=2, zero_stage=2, offload_optimizer="cpu", precision="bf16"),
     "ZeRO-3 with offload": dict(ranks=2, zero_stage=3, offload_optimizer="cpu", offload_param="cpu"),
 }
 

@@ -141,6 +141,16 @@ def whole_parameter(parameter: nn.Parameter, keep: bool) -> Tensor | None:
         return parameter.detach().to("cpu", copy=True) if keep else None
 
 
+def drop_gradients(optimizer) -> None:
+    """Clear what a skipped step leaves behind.
+
+    DeepSpeed 0.19.8 empties its gradient buffers after a step, and after a skipped one all but those of ZeRO-1 and 2 with CPU offload and
+    a float32 buffer: one window that is not finite would spoil every later one.
+    """
+    if getattr(optimizer, "cpu_offload", False) and isinstance(gradients := getattr(optimizer, "averaged_gradients", None), dict):
+        gradients.update(dict.fromkeys(gradients))
+
+
 def destroy(accelerator) -> None:
     """Free accelerate's DeepSpeed engine so that the next `prepare` is not sent to it (it keeps only the first)."""
     accelerator.deepspeed_engine_wrapped.engine.destroy()

@@ -115,6 +115,8 @@ class Engine:
             wrapped = self.accelerator.deepspeed_engine_wrapped
             self.last_grad_norm = float(wrapped.get_global_grad_norm())
             self.applied = bool(wrapped.engine.was_step_applied())
+            if not self.applied:
+                ds.drop_gradients(wrapped.engine.optimizer)
             return
         self.last_grad_norm = self._clip(self.max_grad_norm or math.inf)
         if self.accelerator.scaler is None and not math.isfinite(self.last_grad_norm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 
@@ -37,13 +38,17 @@ def count_collectives(recipe_path: str, strategy) -> list[dict]:
         for measured in (False, False, True):
             batches = [data.collate(random_rows(random, PER_DEVICE_ROWS, facts.vocabulary), 0) for _ in range(k)]
             (tokens,) = engine.total(sum(map(trained_tokens, batches)))
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            with _profile() if measured else contextlib.nullcontext() as profile:
                 for i, batch in enumerate(batches):
                     engine.micro_step(batch, tokens, last=i == k - 1)
             if measured:
                 found.append({"K": k, "parameters": parameters, "collectives": collectives(profile)})
     engine.release()
     return found
+
+
+def _profile() -> torch.profiler.profile:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
 
 
 def collectives(profile) -> dict[str, dict[str, int]]:

@@ -183,7 +183,9 @@ def main() -> None:
     strategy = launch.from_environment(os.environ, launched_by()[1])
     planned = cases(strategy, recipe_path, np.random.default_rng(int(seed)), int(extra), bool(report))
     found = [run_case(case, recipe_path, strategy, int(seed)) for case in planned]
-    counted = count_collectives(recipe_path, strategy) if strategy.ranks > 1 else []
+    # precision changes what travels, not how often: bf16 is counted for the report
+    counting = strategy.ranks > 1 and (report or strategy.mixed_precision == "no")
+    counted = count_collectives(recipe_path, strategy) if counting else []
     if int(os.environ.get("RANK", "0")) == 0:
         against_the_engine(found)
         found = [{n: v for n, v in case.items() if n != "states"} for case in found]
