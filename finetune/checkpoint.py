@@ -130,7 +130,7 @@ def read_progress(folder: Path) -> Progress:
 
 def differences(then: dict, now: dict, allowed: Sequence[str] = ()) -> list[str]:
     """What of a checkpoint's facts is different now, one `name: then -> now` each; keys in `allowed` may differ."""
-    old, new = _flat(then), _flat(now)
+    old, new = flat(then), flat(now)
     found = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     kept = [name for name in found if name.removeprefix("recipe.") not in allowed]
     return [f"{name.removeprefix('recipe.')}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}" for name in kept]
@@ -138,11 +138,12 @@ def differences(then: dict, now: dict, allowed: Sequence[str] = ()) -> list[str]
 
 def comparable(recipe: dict) -> dict:
     """The keys of a resolved recipe that a resume must find unchanged, dotted."""
-    return {key: value for key, value in _flat(recipe).items() if not key.startswith(FREE_KEYS)}
+    return {key: value for key, value in flat(recipe).items() if not key.startswith(FREE_KEYS)}
 
 
-def _flat(value: dict, prefix: str = "") -> dict:
-    flat: dict = {}
+def flat(value: dict, prefix: str = "") -> dict:
+    """The leaves of nested mappings by their dotted names."""
+    leaves: dict = {}
     for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
-    return flat
+        leaves |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return leaves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def first_stage(recipe_path: str, overrides: Sequence[str], launch_file: str | N
 
 def settle(loaded: Loaded, strategy: Strategy) -> Settled:
     """Check the combination and derive the batch. Raises UserError with every problem."""
-    problems = compatibility.refusals(loaded, strategy)
+    problems = compatibility.refusals(loaded, strategy) + _trackers_not_installed(loaded)
     planned = _collect(problems, lambda: plan_batch(loaded, strategy))
     if planned is not None:
         problems += _too_few_to_measure(loaded, planned[0])
@@ -48,6 +49,15 @@ def settle(loaded: Loaded, strategy: Strategy) -> Settled:
         raise UserError(problems)
     batch, max_grad_norm = planned
     return Settled(loaded, strategy, batch, max_grad_norm)
+
+
+def _trackers_not_installed(loaded: Loaded) -> list[str]:
+    key = "logging.report_to"
+    return [
+        f"{loaded.where(key)}: {key} names {name}, which is not installed here. `pip install {name}`, or leave it out."
+        for name in loaded.recipe.logging.report_to
+        if importlib.util.find_spec(name) is None
+    ]
 
 
 def _too_few_to_measure(loaded: Loaded, batch: BatchPlan) -> list[str]:

@@ -220,8 +220,11 @@ def allowed(annotation: Any, metadata: Any = ()) -> str:
             return "a list of pairs of numbers above 0 and at most 1, such as [[0.5, 0.1], [1.0, 1.0]]"
         if any(option is int for option in _options(item)):
             return "a list of whole numbers of at least 1"
+        if get_origin(item) is Literal:
+            return f"a list of {allowed(item)}"
         sections = isinstance(item, type) and issubclass(item, Section)
-        return f"a list of {'mappings such as {path: ...}' if sections else 'names'} with at least one entry"
+        least = " with at least one entry" if metadata else ""
+        return f"a list of {'mappings such as {path: ...}' if sections else 'names'}{least}"
     if get_origin(annotation) is dict:
         return "a mapping of names to names"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text (not empty)"}

@@ -242,6 +242,10 @@ class LoggingSection(Section):
 
     logging_steps: PositiveInt = 1
     """Optimizer steps between two lines of metrics.jsonl."""
+    report_to: list[
+        Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+    ] = []
+    """Experiment trackers that get the same numbers (install them yourself); one that fails costs a warning."""
 
 
 class Recipe(Section):

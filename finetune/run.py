@@ -72,7 +72,9 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     on_rank_0(job.engine, lambda: _claim(output_dir, console))
     facts = facts_of(job)
     progress = begin(job, console, output_dir, facts)
-    files = RunFiles(output_dir, job.engine.rank == 0, _document(job) | {"resumed_from_step": progress.position.step or None})
+    document = _document(job) | {"resumed_from_step": progress.position.step or None}
+    trackers = _start_trackers(job, console, output_dir)
+    files = RunFiles(output_dir, job.engine.rank == 0, document, also=trackers.log)
     files.start(loaded.dump(), progress.position.window, [step for step, _ in progress.evaluations])
     try:
         summary = _train_and_export(job, files, console, facts, progress)
@@ -82,6 +84,8 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
         status = "stopped" if isinstance(error, StopRequested) else "failed"
         files.update(status=status, exit_code=code, message=str(error))
         raise
+    finally:
+        trackers.finish()
     files.update(status="done", exit_code=0, summary=summary)
     job.engine.wait()
     _summarise(console, summary, output_dir)
@@ -92,6 +96,18 @@ def _claim(output_dir: Path, console) -> None:
     """Hold the folder until this process ends; what asked the run before to stop does not ask this one. Raises UserError."""
     acquire(output_dir, console.say)
     (output_dir / STOP_FILE).unlink(missing_ok=True)
+
+
+def _start_trackers(job, console, output_dir: Path):
+    """The recipe's trackers on rank 0, with the resolved recipe as their settings."""
+    from finetune.checkpoint import flat
+    from finetune.report.trackers import start
+
+    recipe = job.plan.loaded.recipe
+    settings = {key: value if isinstance(value, (bool, int, float)) else str(value)
+                for key, value in flat(recipe.model_dump(mode="json", exclude_none=True)).items()}  # fmt: skip
+    names = recipe.logging.report_to if job.engine.rank == 0 else []
+    return start(names, output_dir / "trackers", output_dir.name, settings, console.say)
 
 
 def _finished(job, output_dir: Path) -> bool:

@@ -12,7 +12,7 @@ from finetune.foreign_names import FOREIGN, NO_ZENFLOW, SAID_IN_WORDS
 LATER = frozenset(
     "training.objective "
     "training.pure_bf16 "
-    "training.device_memory training.global_batch_tokens logging.report_to".split()
+    "training.device_memory training.global_batch_tokens".split()
 )
 
 

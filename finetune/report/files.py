@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,12 @@ def is_finished(output_dir: Path) -> bool:
 
 @dataclass
 class RunFiles:
-    """The two files of a run that is going on. `enabled` is true on rank 0 only."""
+    """The two files of a run that is going on, and what else gets the metrics. `enabled` is true on rank 0 only."""
 
     output_dir: Path
     enabled: bool
     document: dict
+    also: Callable[[dict], None] = lambda row: None
 
     def start(self, recipe_text: str, window: int = 0, evaluated: Collection[int] = ()) -> None:
         """Claim the folder: resolved recipe, run.json with status running, metrics.jsonl cut to `window` windows and the evaluations
@@ -58,6 +59,7 @@ class RunFiles:
             clean = {k: str(v) if isinstance(v, float) and v - v != 0 else v for k, v in row.items()}
             with open(self.output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(clean, allow_nan=False) + "\n")
+            self.also(clean)
 
     def update(self, **fields) -> None:
         """Merge fields into run.json."""
