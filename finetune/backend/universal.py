@@ -1,0 +1,58 @@
+"""DeepSpeed's shards of one number of ranks made readable for any other: its universal checkpoint, one file per parameter and state.
+
+What DeepSpeed 0.19 needs for it and does not say: `inject_missing_state` for ZeRO-1 and 2 (only Megatron writes that state by itself),
+AdamW's two moments under their names, and paths without special characters, since it uses them as patterns. The frozen base of LoRA is
+in neither folder: adapters and their moments are converted like any other trained parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.launch import Strategy
+
+BYTES_FACTOR = 2  # fragments of all shards and the whole tensors made of them are on the disk together
+
+
+def not_convertible(strategy: Strategy, optim: str) -> str:
+    """Why DeepSpeed shards of this optimizer (training.optim) cannot go to another number of ranks, in words; "" if they can."""
+    if optim != "adamw":
+        return f"training.optim is {optim}, and DeepSpeed can only convert the state of adamw"
+    if "nvme" in (strategy.offload_optimizer, strategy.offload_param):
+        return "the launch file offloads to nvme, and DeepSpeed can only convert state that is in memory"
+    return ""
+
+
+def convert(shards: Path, target: Path) -> None:
+    """Write the shards in the folder `shards`, whose hashes were compared before, as a universal checkpoint into the folder `target`.
+
+    In this process, one rank's shards in memory at a time. `shards` is only read. Raises OSError.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    with _inside(target.parent):
+        arguments = argparse.Namespace(
+            input_folder=os.path.relpath(shards), output_folder=target.name, inject_missing_state=True, keep_temp_folder=False,
+            strict=True, num_extract_workers=1, num_merge_workers=1,
+        )  # fmt: skip
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                ds_to_universal.main(arguments)
+        except RuntimeError as error:  # torch.save says RuntimeError for a full disk
+            raise OSError(f"{target}: {error}") from error
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Work in a folder, so that short relative names do: DeepSpeed takes paths for glob and regular expressions."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
