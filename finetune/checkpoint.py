@@ -134,7 +134,7 @@ def _load_converted(engine: Engine, snapshot: Snapshot) -> None:
     try:
         if problem := on_rank_0(engine, make):
             raise UserError(f"{snapshot.folder} was written by {snapshot.facts['ranks']} ranks and could not be converted for"
-                            f" {engine.ranks}: {problem}. Make room on that disk, or go on with {snapshot.facts['ranks']} ranks.")  # fmt: skip
+                            f" {engine.ranks}: {problem}. If the disk is full, make room; else go on with {snapshot.facts['ranks']} ranks.")  # fmt: skip
         _all_see(engine, folder, f"Put output_dir on a shared disk, or go on with {snapshot.facts['ranks']} ranks.", PATIENCE_SECONDS)
         load_converted(engine, folder)
         engine.wait()

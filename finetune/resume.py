@@ -99,7 +99,7 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
         )
     if facts["same"]["engine"] == "DeepSpeed" and found.facts["ranks"] != job.engine.ranks:
         _refuse_other_ranks(job, found)
-        console.say(f"converting step {found.step} from {found.facts['ranks']} ranks to {job.engine.ranks} ...")
+        console.say(f"converting the shards of step {found.step}: {found.facts['ranks']} -> {job.engine.ranks} ranks ...")
     progress = checkpoint.load(job.engine, found)
     if job.engine.rank == 0:
         snapshots.set_aside(root, found.step)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.backend.engine import Engine
-from finetune.backend.universal import convert
+from finetune.backend.universal import convert, inside
 
 MODEL, OPTIMIZER, SCALARS, SHARDS = "model.safetensors", "optimizer.safetensors", "optimizer.json", "deepspeed"
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
@@ -76,7 +76,8 @@ def _load_shards(engine: Engine, folder: Path, universal: bool) -> None:
     # all, and its clipping; the recipe's stand, also where a change was allowed
     settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     engine.module._config.load_universal_checkpoint = universal
-    found, _ = engine.module.load_checkpoint(str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False)
+    with inside(folder):
+        found, _ = engine.module.load_checkpoint(".", tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False)
     assert found is not None, f"DeepSpeed read nothing from {folder}"
     for group, values in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(values)

@@ -28,6 +28,19 @@ def not_convertible(strategy: Strategy, optim: str) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Work in a folder, so that relative names do: DeepSpeed takes paths for glob patterns and regular expressions, and an output_dir
+    with [, ] or + would match nothing.
+    """
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def convert(shards: Path, target: Path) -> None:
     """Write the shards in the folder `shards`, whose hashes were compared before, as a universal checkpoint into the folder `target`.
 
@@ -35,24 +48,13 @@ def convert(shards: Path, target: Path) -> None:
     """
     from deepspeed.checkpoint import ds_to_universal
 
-    with _inside(target.parent):
+    with inside(target.parent):
         arguments = argparse.Namespace(
-            input_folder=os.path.relpath(shards), output_folder=target.name, inject_missing_state=True, keep_temp_folder=False,
-            strict=True, num_extract_workers=1, num_merge_workers=1,
+            input_folder=os.path.relpath(shards.resolve(), target.parent.resolve()), output_folder=target.name,
+            inject_missing_state=True, keep_temp_folder=False, strict=True, num_extract_workers=1, num_merge_workers=1,
         )  # fmt: skip
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 ds_to_universal.main(arguments)
         except RuntimeError as error:  # torch.save says RuntimeError for a full disk
             raise OSError(f"{target}: {error}") from error
-
-
-@contextlib.contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    """Work in a folder, so that short relative names do: DeepSpeed takes paths for glob and regular expressions."""
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
