@@ -123,7 +123,8 @@ def load(engine: Engine, snapshot: Snapshot) -> Progress:
 
 
 def _load_converted(engine: Engine, snapshot: Snapshot) -> None:
-    root, folder = snapshot.folder.parent, snapshots.folder_of(snapshot.folder.parent, snapshot.step, snapshots.PARTIAL)
+    root, then = snapshot.folder.parent, snapshot.facts["ranks"]
+    folder = snapshots.folder_of(root, snapshot.step, snapshots.PARTIAL)
 
     def make() -> None:
         needed_bytes = BYTES_FACTOR * sum(file.bytes for file in snapshot.files.values())
@@ -133,11 +134,11 @@ def _load_converted(engine: Engine, snapshot: Snapshot) -> None:
 
     try:
         if problem := on_rank_0(engine, make):
-            raise UserError(f"{snapshot.folder} was written by {snapshot.facts['ranks']} ranks and could not be converted for"
-                            f" {engine.ranks}: {problem}. If the disk is full, make room; else go on with {snapshot.facts['ranks']} ranks.")  # fmt: skip
-        _all_see(engine, folder, f"Put output_dir on a shared disk, or go on with {snapshot.facts['ranks']} ranks.", PATIENCE_SECONDS)
+            raise UserError(f"{snapshot.folder} was written on {then} ranks and could not be converted for {engine.ranks}: {problem}. If the"
+                            f" disk is full, make room; else go on with {then} ranks.")  # fmt: skip
+        _all_see(engine, folder, f"Put output_dir on a shared disk, or go on with {then} ranks.", PATIENCE_SECONDS)
         load_converted(engine, folder)
-        engine.wait()
+        engine.wait()  # nobody reads any more
     finally:
         if engine.rank == 0:
             snapshots.abandon(root, snapshot.step)

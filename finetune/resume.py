@@ -75,7 +75,7 @@ def facts_of(job: Job) -> dict:
 def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress:
     """The progress to go on from, with the engine in its state; Progress() for a new run. A collective.
 
-    Raises UserError where the newest checkpoint belongs to another recipe, other data or other shards.
+    Raises UserError where the newest checkpoint belongs to another recipe or other data, or to shards that cannot be converted.
     """
     loaded = job.plan.loaded
     if loaded.recipe.checkpoint.resume == "never":
@@ -112,8 +112,10 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
 
 
 def _refuse_other_ranks(job: Job, found: Snapshot) -> None:
+    """Raises UserError where DeepSpeed's shards cannot be converted for this number of ranks."""
     loaded, then = job.plan.loaded, found.facts["ranks"]
-    if reason := not_convertible(job.plan.strategy, loaded.recipe.training.optim):
+    optims = (found.facts["same"]["recipe"]["training.optim"], loaded.recipe.training.optim)
+    if reason := next(filter(None, (not_convertible(job.plan.strategy, optim) for optim in optims)), ""):
         raise UserError(
             f"{loaded.where('output_dir')}: output_dir {loaded.recipe.output_dir} holds step {found.step}, written by DeepSpeed on {then} ranks,"
             f" and this run has {job.engine.ranks}: {reason}. Go on with {then} ranks, give another output_dir, or start over with"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -102,6 +103,18 @@ def test_another_optimizer_than_adamw_is_refused_and_nothing_is_touched(zero_2, 
     (message,) = [line for line in done.stderr.splitlines() if "holds step 3" in line]
     assert "exitcode  : 2" in done.stderr and "training.optim is sgd" in message and "Go on with 2 ranks" in message
     assert {path: path.read_bytes() for path in output.rglob("*.json*")} == before
+
+
+def test_a_full_disk_ends_the_conversion_with_a_message_and_leaves_nothing(zero_2, runs):
+    output = Path(shutil.copytree(zero_2, runs / "full"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # bytes per file: less than the embedding, more than the log
+    try:
+        done = go(output, dict(ranks=1, zero_stage=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "exitcode  : 2" in done.stderr and "If the disk is full, make room; else go on with 2 ranks" in done.stderr, done.stderr[-3000:]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step-3"]
 
 
 def test_lora_under_zero_3_with_offload_goes_on_with_twice_the_ranks_and_its_moments(runs):

@@ -14,9 +14,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from finetune.launch import Strategy
 
-BYTES_FACTOR = 2  # fragments of all shards and the whole tensors made of them are on the disk together
+BYTES_FACTOR = 3  # on the disk together at most: fragments of all shards, the whole tensors made of them, one rank's shard
 
 
 def not_convertible(strategy: Strategy, optim: str) -> str:
@@ -56,5 +58,16 @@ def convert(shards: Path, target: Path) -> None:
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 ds_to_universal.main(arguments)
+            _drop_shard(Path(target.name, "zero", "optimizer_state.pt"))
         except RuntimeError as error:  # torch.save says RuntimeError for a full disk
             raise OSError(f"{target}: {error}") from error
+
+
+def _drop_shard(path: Path) -> None:
+    """Keep what is not a shard. For ZeRO-3 DeepSpeed writes rank 0's whole shard here, and every rank would hold it in memory to read a step."""
+    document = torch.load(path, map_location="cpu", weights_only=False)
+    if "fp32_flat_groups" in document:
+        del document["fp32_flat_groups"]
+        state = document["optimizer_state_dict"]["state"]
+        document["optimizer_state_dict"]["state"] = {group: {"step": values["step"]} for group, values in state.items()}
+        torch.save(document, path)
