@@ -30,7 +30,8 @@ from finetune.optim import make_optimizer
 from finetune.windows import Position, deal
 
 BEFORE, AFTER, ROWS = 3, 2, 12  # windows before and after the checkpoint, rows per window
-LORA, DECAY = ("lora.r=3", "lora.alpha=6"), ("training.weight_decay=0.1",)  # decay: two groups of parameters
+QLORA = ("lora.r=3", "lora.alpha=6", "model.load_in_4bit=true")
+DECAY = ("training.weight_decay=0.1",)  # two groups of parameters
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ CASES = {  # ZeRO-3 last: transformers remembers it
     "ZeRO-1": Case(1, overrides=DECAY),
     "ZeRO-1, bf16": Case(1, precision="bf16"),  # an optimizer class of its own in DeepSpeed
     "ZeRO-2, offload": Case(2, True),
-    "ZeRO-2, LoRA": Case(2, overrides=LORA),
+    "ZeRO-2, QLoRA": Case(2, overrides=QLORA),
     "ZeRO-3, bf16": Case(3, precision="bf16"),
     "ZeRO-3, offload": Case(3, True, DECAY),
 }
