@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune import snapshots
 from finetune.backend.engine import Engine
-from finetune.backend.state import load_state, save_state
+from finetune.backend.state import convert_state, load_converted, load_state, save_state
+from finetune.backend.universal import BYTES_FACTOR
 from finetune.errors import UserError
 from finetune.noise_scale import NoiseState
 from finetune.snapshots import Snapshot
@@ -23,6 +25,7 @@ from finetune.windows import Position
 
 STATE = "state.json"
 BYTES_PER_TRAINED_PARAMETER = 16  # at most: DeepSpeed's weights in 16 bits, float32 copy and two moments; some more for the rest
+PATIENCE_SECONDS = 60
 # Keys that change neither the rows of a window nor what is done with them.
 FREE_KEYS = ("output_dir", "include", "logging.", "checkpoint.", "evaluation.", "training.per_device_train_batch_size",
              "training.gradient_accumulation_steps", "training.gradient_checkpointing",
@@ -108,14 +111,47 @@ def choose(engine: Engine, root: Path, say: Callable[[str], None]) -> Snapshot |
 def load(engine: Engine, snapshot: Snapshot) -> Progress:
     """Bring the engine to the state of a verified checkpoint; where the run is then. A collective.
 
-    Raises UserError where a machine does not see the folder.
+    DeepSpeed's shards of another number of ranks are converted first. Raises UserError where a machine does not see the folder, or
+    the conversion finds no room.
     """
-    seen = engine.gather_objects((engine.host, snapshot.folder.exists()))
-    if blind := sorted({host for host, there in seen if not there}):
-        raise UserError(f"{snapshot.folder} is not on a disk that {', '.join(blind)} can see. Put output_dir on a shared disk, or copy"
-                        " the folder there.")  # fmt: skip
-    load_state(engine, snapshot.folder)
+    _all_see(engine, snapshot.folder, "Put output_dir on a shared disk, or copy the folder there.")
+    if engine.strategy.engine == "deepspeed" and snapshot.facts["ranks"] != engine.ranks:
+        _load_converted(engine, snapshot)
+    else:
+        load_state(engine, snapshot.folder)
     return read_progress(snapshot.folder)
+
+
+def _load_converted(engine: Engine, snapshot: Snapshot) -> None:
+    root, then = snapshot.folder.parent, snapshot.facts["ranks"]
+    folder = snapshots.folder_of(root, snapshot.step, snapshots.PARTIAL)
+
+    def make() -> None:
+        needed_bytes = BYTES_FACTOR * sum(file.bytes for file in snapshot.files.values())
+        if shortage := snapshots.check_space(root, needed_bytes, "the conversion"):
+            raise OSError(shortage)
+        convert_state(snapshot.folder, snapshots.scratch(root, snapshot.step))
+
+    try:
+        if problem := on_rank_0(engine, make):
+            raise UserError(f"{snapshot.folder} was written on {then} ranks and could not be converted for {engine.ranks}: {problem}. If the"
+                            f" disk is full, make room; else go on with {then} ranks.")  # fmt: skip
+        _all_see(engine, folder, f"Put output_dir on a shared disk, or go on with {then} ranks.", PATIENCE_SECONDS)
+        load_converted(engine, folder)
+        engine.wait()  # nobody reads any more
+    finally:
+        if engine.rank == 0:
+            snapshots.abandon(root, snapshot.step)
+
+
+def _all_see(engine: Engine, folder: Path, advice: str, patience_seconds: float = 0) -> None:
+    """Raises UserError on every rank where one of them does not see the folder. A collective."""
+    deadline = time.monotonic() + patience_seconds
+    while not folder.exists() and time.monotonic() < deadline:  # names on network disks come late
+        time.sleep(0.5)
+    seen = engine.gather_objects((engine.host, folder.exists()))
+    if blind := sorted({host for host, there in seen if not there}):
+        raise UserError(f"{folder} is not on a disk that {', '.join(blind)} can see. {advice}")
 
 
 def read_progress(folder: Path) -> Progress:

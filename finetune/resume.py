@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 
 from finetune import checkpoint, snapshots
+from finetune.backend.universal import not_convertible
 from finetune.checkpoint import Progress, comparable, differences
 from finetune.errors import UserError
 from finetune.follow import CHECKPOINTS
 from finetune.job import Job
 from finetune.recipe import Loaded, read_resolved
 from finetune.report.console import Console
+from finetune.snapshots import Snapshot
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
 BEFORE = "before-"
@@ -62,7 +64,6 @@ def facts_of(job: Job) -> dict:
             "mixed precision": plan.strategy.mixed_precision,
             "engine": "DeepSpeed" if sharded else "plain",
             "ZeRO stage": plan.strategy.zero_stage,
-            "ranks of the shards": plan.strategy.ranks if sharded else "any",
             "optimizer offload": plan.strategy.offload_optimizer if sharded else "any",
         },
         "ranks": plan.strategy.ranks,
@@ -74,7 +75,7 @@ def facts_of(job: Job) -> dict:
 def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress:
     """The progress to go on from, with the engine in its state; Progress() for a new run. A collective.
 
-    Raises UserError where the newest checkpoint belongs to another recipe, other data or other shards.
+    Raises UserError where the newest checkpoint belongs to another recipe or other data, or to shards that cannot be converted.
     """
     loaded = job.plan.loaded
     if loaded.recipe.checkpoint.resume == "never":
@@ -87,13 +88,18 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
     if found is None:
         checkpoint.on_rank_0(job.engine, lambda: _refuse_what_is_there(loaded, output_dir))
         return Progress()
-    different = differences(found.facts["same"], facts["same"], loaded.recipe.checkpoint.allow_changed)
+    # a fact of checkpoints from before shards could be converted
+    allowed = [*loaded.recipe.checkpoint.allow_changed, "ranks of the shards"]
+    different = differences(found.facts["same"], facts["same"], allowed)
     if different:
         raise UserError(
             f"{loaded.where('output_dir')}: output_dir {output_dir} holds step {found.step} of another run: {'; '.join(different)}. Undo"
             " the change, name the key in checkpoint.allow_changed, give another output_dir, or start over with"
             " checkpoint.resume=never."
         )
+    if facts["same"]["engine"] == "DeepSpeed" and found.facts["ranks"] != job.engine.ranks:
+        _refuse_other_ranks(job, found)
+        console.say(f"converting the shards of step {found.step}: {found.facts['ranks']} -> {job.engine.ranks} ranks ...")
     progress = checkpoint.load(job.engine, found)
     if job.engine.rank == 0:
         snapshots.set_aside(root, found.step)
@@ -103,6 +109,18 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
     )  # fmt: skip
     console.say(f"resuming after step {found.step}, {progress.total_tokens:,} tokens, from {found.folder}{ranks}")
     return progress
+
+
+def _refuse_other_ranks(job: Job, found: Snapshot) -> None:
+    """Raises UserError where DeepSpeed's shards cannot be converted for this number of ranks."""
+    loaded, then = job.plan.loaded, found.facts["ranks"]
+    optims = (found.facts["same"]["recipe"]["training.optim"], loaded.recipe.training.optim)
+    if reason := next(filter(None, (not_convertible(job.plan.strategy, optim) for optim in optims)), ""):
+        raise UserError(
+            f"{loaded.where('output_dir')}: output_dir {loaded.recipe.output_dir} holds step {found.step}, written by DeepSpeed on {then} ranks,"
+            f" and this run has {job.engine.ranks}: {reason}. Go on with {then} ranks, give another output_dir, or start over with"
+            " checkpoint.resume=never."
+        )
 
 
 def _refuse_what_is_there(loaded: Loaded, output_dir: Path) -> None:

@@ -2,7 +2,7 @@
 
     checkpoints/step-N/      files of all ranks, manifest.json (bytes and sha256 of each, facts given by the caller)
     checkpoints/latest       the name of the newest folder: a hint for people; what counts is what verifies
-    checkpoints/step-N.tmp   being written; left by a killed run, removed by the next `begin`
+    checkpoints/step-N.tmp   being written, or made of step-N at a resume; left by a killed run, removed by the next `begin`
     checkpoints/step-N.old   being replaced or removed; `checkpoints/step-N.aside` was found damaged at a resume
 
 One save: `begin` (rank 0) -> every rank writes into the folder and hashes its files with `digest` -> `seal` (rank 0, with the
@@ -55,13 +55,13 @@ def folder_of(root: Path, step: int, suffix: str = "") -> Path:
 # ---- saving
 
 
-def check_space(root: Path, needed_bytes: int) -> str | None:
-    """Why a save of `needed_bytes` cannot succeed on the disk of `root`, in words, or None. Quotas are not seen."""
+def check_space(root: Path, needed_bytes: int, what: str = "a checkpoint") -> str | None:
+    """Why a save (or `what`) of `needed_bytes` cannot succeed on the disk of `root`, in words, or None. Quotas are not seen."""
     place = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
     free_bytes = shutil.disk_usage(place).free
     if free_bytes >= needed_bytes:
         return None
-    return f"{root}: a checkpoint needs {needed_bytes / 2**30:.3g} GiB, {free_bytes / 2**30:.3g} GiB are free"
+    return f"{root}: {what} needs {needed_bytes / 2**30:.3g} GiB, {free_bytes / 2**30:.3g} GiB are free"
 
 
 def begin(root: Path, step: int) -> Path:
@@ -111,6 +111,17 @@ def seal(
     os.replace(root / (LATEST + PARTIAL), root / LATEST)
     sync_folder(root)
     return target
+
+
+def scratch(root: Path, step: int) -> Path:
+    """A new, empty folder beside the checkpoints for what is made of step `step`; gone with `abandon`. Rank 0 only. Raises OSError.
+
+    It is called like an unfinished save, so that after a kill the next save removes it.
+    """
+    folder = folder_of(root, step, PARTIAL)
+    _remove(folder)
+    os.mkdir(folder)
+    return folder
 
 
 def abandon(root: Path, step: int) -> None:

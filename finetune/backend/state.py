@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.backend.engine import Engine
+from finetune.backend.universal import convert, inside
 
 MODEL, OPTIMIZER, SCALARS, SHARDS = "model.safetensors", "optimizer.safetensors", "optimizer.json", "deepspeed"
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
@@ -44,14 +45,7 @@ def save_state(engine: Engine, folder: Path) -> list[str]:
 def load_state(engine: Engine, folder: Path) -> None:
     """Read what `save_state` wrote under the same strategy; `folder` has been verified. A collective."""
     if engine.strategy.engine == "deepspeed":
-        # DeepSpeed brings the groups' settings back with the state; the recipe's stand, also where a change was allowed
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
-        found, _ = engine.module.load_checkpoint(
-            str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
-        )
-        assert found is not None, f"DeepSpeed read nothing from {folder}"
-        for group, values in zip(engine.optimizer.param_groups, settings, strict=True):
-            group.update(values)
+        _load_shards(engine, folder, universal=False)
         return
     saved = load_file(folder / MODEL)
     mine = _trained(engine)
@@ -65,6 +59,29 @@ def load_state(engine: Engine, folder: Path) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if document["loss_scaler"] is not None:
         engine.accelerator.scaler.load_state_dict(document["loss_scaler"])
+
+
+def convert_state(folder: Path, target: Path) -> None:
+    """Make what a DeepSpeed engine saved into `folder` readable for `load_converted`, in the folder `target`. One process; raises OSError."""
+    convert(folder / SHARDS, target / SHARDS)
+
+
+def load_converted(engine: Engine, folder: Path) -> None:
+    """Read what `convert_state` wrote, on any number of ranks. A collective."""
+    _load_shards(engine, folder, universal=True)
+
+
+def _load_shards(engine: Engine, folder: Path, universal: bool) -> None:
+    # DeepSpeed brings the groups' settings back with the state, under ZeRO-3 from a universal checkpoint those of the first group for
+    # all, and its clipping; the recipe's stand, also where a change was allowed
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    engine.module._config.load_universal_checkpoint = universal
+    with inside(folder):
+        found, _ = engine.module.load_checkpoint(".", tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False)
+    assert found is not None, f"DeepSpeed read nothing from {folder}"
+    for group, values in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    engine.optimizer.optimizer.clip_grad = engine.max_grad_norm
 
 
 def _trained(engine: Engine) -> dict[str, Tensor]:
