@@ -111,7 +111,7 @@ def _not_built(loaded: Loaded, error: Exception) -> str:
 
 
 def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, device: torch.device) -> nn.Module:
-    """The model with its trainable part in place, on the host (QLoRA: on `device`, where it is quantised).
+    """The model with its trainable part in place, on the host (QLoRA: on `device`, where it is quantised; meta: shapes alone).
 
     Full fine-tuning trains float32 weights; with LoRA the frozen base stays in model.dtype and the adapters are float32.
     Under ZeRO-3 each rank holds its shard only (zero.Init through transformers, set up by the engine before).
@@ -123,6 +123,8 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
         options["attn_implementation"] = section.attn_implementation
     if section.load_in_4bit:
         options |= {"quantization_config": _nf4(strategy), "device_map": {"": device}}
+    if device.type == "meta":
+        options["device_map"] = {"": device}
     model = _read_weights(loaded, options)
     plain_4bit_layers(model)
     if model.get_input_embeddings().num_embeddings < model_facts.vocabulary:

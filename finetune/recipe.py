@@ -99,6 +99,17 @@ def read_resolved(path: Path) -> dict | None:
     return document.value if isinstance(document.value, dict) else None
 
 
+def load_resolved(path: Path) -> Loaded:
+    """The resolved recipe in a run's folder. Its data need not be there any more. Raises UserError."""
+    document = parse(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if document is None or document.problems or not isinstance(document.value, dict):
+        raise UserError(f"{path}: is not there or not readable; it says what the checkpoints hold. Give a run's output folder.")
+    recipe, problems = check(document.value)
+    if problems or recipe is None:
+        raise UserError([f"{path}: {sentence}" for _, sentence in problems])
+    return Loaded(recipe, path.absolute(), str(path), document.value, {}, frozenset())
+
+
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
     """Reads the recipe at `path` with what it includes, then `section.key=value` overrides.
 

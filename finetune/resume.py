@@ -46,18 +46,22 @@ def base_fingerprint(name_or_path: str, revision: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def tokenizer_fingerprint(tokenizer) -> str:
+    """What the tokenizer does: its pieces, merges and rules, and the chat template."""
+    text = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256((text + str(tokenizer.chat_template)).encode()).hexdigest()
+
+
 def facts_of(job: Job) -> dict:
     """What goes into a checkpoint's manifest: `same` must be met again at a resume, the rest is for people."""
     plan = job.plan
-    tokenizer = plan.tokenizer
-    text = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(sorted(tokenizer.get_vocab().items()))
     sharded = plan.strategy.engine == "deepspeed"
     return {
         "same": {
             "recipe": comparable(plan.loaded.recipe.model_dump(mode="json", exclude_none=True)),
             "rows of the training data": plan.data.train.fingerprint,
             "base model": base_fingerprint(plan.loaded.recipe.model.name_or_path, plan.loaded.recipe.model.revision),
-            "tokenizer": hashlib.sha256((text + str(tokenizer.chat_template)).encode()).hexdigest(),
+            "tokenizer": tokenizer_fingerprint(plan.tokenizer),
             "rows per optimizer step": plan.batch.global_batch_rows,
             "mixed precision": plan.strategy.mixed_precision,
             "engine": "DeepSpeed" if sharded else "plain",

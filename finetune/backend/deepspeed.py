@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -139,6 +142,38 @@ def whole_parameter(parameter: nn.Parameter, keep: bool) -> Tensor | None:
     gather = zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
     with gather:
         return parameter.detach().to("cpu", copy=True) if keep else None
+
+
+@contextlib.contextmanager
+def only_known_pickles() -> Iterator[None]:
+    """Within it torch.load builds tensors, plain containers and these few classes of DeepSpeed, and calls nothing else.
+
+    DeepSpeed's shards are pickles, which it loads with weights_only=False: whoever could forge a checkpoint could run code.
+    TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, torch's own switch, turns this off.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    if not os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+def read_shards(folder: Path, tag: str) -> dict[str, Tensor]:
+    """Trained parameters in folder/tag, whole and float32, by their names in the engine's module. Needs no process group."""
+    with only_known_pickles(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag, exclude_frozen_parameters=True))
 
 
 def destroy(accelerator) -> None:

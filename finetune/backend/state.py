@@ -1,14 +1,18 @@
 """The state of an engine on disk: trained weights, optimizer, loss scale. Written between two windows, read before the first.
 
 One process and DDP: rank 0 writes safetensors and JSON of what is trained; every rank reads it. DeepSpeed: every rank writes its own
-shards in DeepSpeed's format, which are pickles: whoever reads them has compared their hashes with our manifest before.
+shards in DeepSpeed's format, which are pickles: whoever reads them has compared their hashes with our manifest before, and only
+tensors, containers and a few classes of DeepSpeed are built from them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,7 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.backend.deepspeed import only_known_pickles, read_shards
 from finetune.backend.engine import Engine
+from finetune.errors import UserError
 
 MODEL, OPTIMIZER, SCALARS, SHARDS = "model.safetensors", "optimizer.safetensors", "optimizer.json", "deepspeed"
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
@@ -42,13 +48,45 @@ def save_state(engine: Engine, folder: Path) -> list[str]:
 
 
 def load_state(engine: Engine, folder: Path) -> None:
-    """Read what `save_state` wrote under the same strategy; `folder` has been verified. A collective."""
+    """Read what `save_state` wrote under the same strategy; `folder` has been verified. A collective.
+
+    Raises UserError where a file does not hold what its name says, which only a forged manifest lets through.
+    """
+    with _readable(folder):
+        _load_state(engine, folder)
+
+
+def read_trained(folder: Path, sharded: bool) -> dict[str, Tensor]:
+    """The trained parameters in a checkpoint, whole, by their names in the Hugging Face (or peft) model. No process group.
+
+    `folder` has been verified; `sharded` says that DeepSpeed wrote it: these come in float32. Raises UserError.
+    """
+    with _readable(folder):
+        if not sharded:
+            return load_file(folder / MODEL)
+        prefix = "model."  # of the summed-loss module that holds the model
+        return {name.removeprefix(prefix): tensor for name, tensor in read_shards(folder, SHARDS).items()}
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{folder}: a file of it is no state of a run, though manifest.json says that it is as it was written:"
+            f" {str(error).splitlines()[0]} Who changed it changed the manifest, too: do not go on from this folder."
+        ) from error
+
+
+def _load_state(engine: Engine, folder: Path) -> None:
     if engine.strategy.engine == "deepspeed":
         # DeepSpeed brings the groups' settings back with the state; the recipe's stand, also where a change was allowed
         settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
-        found, _ = engine.module.load_checkpoint(
-            str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
-        )
+        with only_known_pickles():
+            found, _ = engine.module.load_checkpoint(
+                str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
+            )
         assert found is not None, f"DeepSpeed read nothing from {folder}"
         for group, values in zip(engine.optimizer.param_groups, settings, strict=True):
             group.update(values)
