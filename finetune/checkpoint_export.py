@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune import launch, model, recipe
+from finetune import launch, model, recipe, redact
 from finetune.backend.probe import prepare_libraries
 from finetune.backend.state import read_trained
 from finetune.checkpoint import comparable, differences
@@ -49,7 +49,7 @@ def export_checkpoint(run: str, step: str, output: Path) -> str:
 def _refuse_another_model(found: Snapshot, loaded: Loaded, tokenizer) -> None:
     """The recipe, base and tokenizer of now must be those that the checkpoint was written with."""
     section, same = loaded.recipe.model, found.facts["same"]
-    now = comparable(loaded.recipe.model_dump(mode="json", exclude_none=True))
+    now = redact.tree(comparable(loaded.recipe.model_dump(mode="json", exclude_none=True)))
     then, now = ({k: v for k, v in keys.items() if k.startswith(OF_THE_MODEL)} for keys in (same["recipe"], now))
     different = differences(
         {"recipe": then, "base model": same["base model"], "tokenizer": same["tokenizer"]},

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from finetune.backend.kernels import optional_packages, plain_4bit_layers
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 from finetune.launch import Strategy
 from finetune.recipe import Loaded
 
@@ -94,7 +95,7 @@ def _not_loadable(loaded: Loaded, what: str, error: Exception) -> str:
         )
     return (
         f"{loaded.where('model.name_or_path')}: model.name_or_path is {name}, but its {what} cannot be loaded:"
-        f" {str(error).splitlines()[0]} Give a folder written by save_pretrained, or the id of a model on the Hugging"
+        f" {reason(error)} Give a folder written by save_pretrained, or the id of a model on the Hugging"
         " Face hub that you can reach (for gated models: `hf auth login`)."
     )
 
@@ -151,7 +152,7 @@ def _read_weights(loaded: Loaded, options: dict) -> nn.Module:
             model, info = AutoModelForCausalLM.from_pretrained(
                 section.name_or_path, **_source(loaded), output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(_not_built(loaded, error)) from error
     # transformers fills what a checkpoint lacks with random numbers and only warns
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from finetune import redact
 from finetune.errors import UserError
 from finetune.recipe_check import check, lookup, show
 from finetune.recipe_fields import (
@@ -86,8 +87,8 @@ class Loaded:
         return replace(self, recipe=recipe, _places=places, _overridden=frozenset(overridden))
 
     def dump(self) -> str:
-        """The resolved recipe as YAML: every default written out, no nulls, local paths absolute."""
-        return dump(self.recipe.model_dump(exclude_none=True))
+        """The resolved recipe as YAML: every default written out, no nulls, local paths absolute, secrets taken out."""
+        return dump(redact.tree(self.recipe.model_dump(exclude_none=True)))
 
 
 def read_resolved(path: Path) -> dict | None:

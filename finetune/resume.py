@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 from pathlib import Path
 
-from finetune import checkpoint, snapshots
+from finetune import checkpoint, redact, snapshots
 from finetune.checkpoint import Progress, comparable, differences
 from finetune.errors import UserError
 from finetune.follow import CHECKPOINTS
@@ -58,7 +58,7 @@ def facts_of(job: Job) -> dict:
     sharded = plan.strategy.engine == "deepspeed"
     return {
         "same": {
-            "recipe": comparable(plan.loaded.recipe.model_dump(mode="json", exclude_none=True)),
+            "recipe": redact.tree(comparable(plan.loaded.recipe.model_dump(mode="json", exclude_none=True))),
             "rows of the training data": plan.data.train.fingerprint,
             "base model": base_fingerprint(plan.loaded.recipe.model.name_or_path, plan.loaded.recipe.model.revision),
             "tokenizer": tokenizer_fingerprint(plan.tokenizer),
@@ -120,7 +120,7 @@ def _refuse_what_is_there(loaded: Loaded, output_dir: Path) -> None:
     there = read_resolved(output_dir / "recipe.yaml")
     if there is None:
         return
-    now = comparable(loaded.recipe.model_dump(mode="json", exclude_none=True))
+    now = redact.tree(comparable(loaded.recipe.model_dump(mode="json", exclude_none=True)))  # as it was written
     different = differences(comparable(there), now, loaded.recipe.checkpoint.allow_changed)
     if different:
         raise UserError(

@@ -16,6 +16,7 @@ from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import StopRequested, UserError
 from finetune.exits import INTERRUPTED, guarded, is_launched
 from finetune.launch import Strategy
+from finetune.output_folder import refuse_links_out
 from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
 from finetune.run_lock import acquire
@@ -48,6 +49,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     from finetune.report.console import Console
     from finetune.report.files import RunFiles, is_finished
 
+    refuse_links_out(output_dir)
     console = Console(enabled=int(os.environ.get("RANK", "0")) == 0)
     again = loaded.recipe.checkpoint.resume == "never"
     if strategy.machines == 1 and not again and is_finished(output_dir):

@@ -27,10 +27,11 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("model", "data", "objectives", "optim", "export", "checkpoint"), 5),
     **dict.fromkeys(("backend",), 4),
     **dict.fromkeys(("report",), 3),
-    **dict.fromkeys(("windows", "schedule", "noise_scale", "preflight", "manifest", "snapshots", "run_lock", "stopping", "spikes"), 1),
+    **dict.fromkeys(("windows", "schedule", "noise_scale", "preflight", "manifest", "snapshots", "run_lock", "stopping", "spikes",
+                     "output_folder"), 1),
     **dict.fromkeys(("launch", "launch_args", "launch_file", "compatibility"), 0),
     **dict.fromkeys(("recipe", "recipe_check", "recipe_fields", "recipe_include", "recipe_rules", "recipe_yaml"), 0),
-    **dict.fromkeys(("suggest", "foreign_names", "errors", "exits"), 0),
+    **dict.fromkeys(("suggest", "foreign_names", "errors", "exits", "redact"), 0),
 }
 TORCH_FREE = [room for room, row in ROWS.items() if row <= 1] + ["run", "launching", "verify", "checkpoints", "cli", "backend.parents"]
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "bitsandbytes")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finetune.backend.deepspeed import only_known_pickles, read_shards
 from finetune.backend.engine import Engine
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 
 MODEL, OPTIMIZER, SCALARS, SHARDS = "model.safetensors", "optimizer.safetensors", "optimizer.json", "deepspeed"
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
@@ -64,8 +64,12 @@ def read_trained(folder: Path, sharded: bool) -> dict[str, Tensor]:
     with _readable(folder):
         if not sharded:
             return load_file(folder / MODEL)
+        try:
+            tensors = read_shards(folder, SHARDS)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:  # DeepSpeed takes what it reads at its word
+            raise UserError(_not_a_state(folder, error)) from error
         prefix = "model."  # of the summed-loss module that holds the model
-        return {name.removeprefix(prefix): tensor for name, tensor in read_shards(folder, SHARDS).items()}
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager
@@ -73,10 +77,14 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, UnpicklingError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{folder}: a file of it is no state of a run, though manifest.json says that it is as it was written:"
-            f" {str(error).splitlines()[0]} Who changed it changed the manifest, too: do not go on from this folder."
-        ) from error
+        raise UserError(_not_a_state(folder, error)) from error
+
+
+def _not_a_state(folder: Path, error: Exception) -> str:
+    return (
+        f"{folder}: a file of it is no state of a run, though manifest.json says that it is as it was written: {reason(error)} Who"
+        " changed it changed the manifest, too: do not go on from this folder."
+    )
 
 
 def _load_state(engine: Engine, folder: Path) -> None:
