@@ -21,16 +21,21 @@ from finetune.resume import base_fingerprint, tokenizer_fingerprint
 OF_THE_MODEL = ("model.", "lora.")
 
 
-def export_checkpoint(run: str, step: str, output: Path) -> str:
+def export_checkpoint(run: str, step: str, output: Path, trust_remote_code: bool = False) -> str:
     """Write the checkpoint of `step` (or the `newest`) of a run as a Hugging Face folder or adapter; returns one line about it.
 
     One process, on the CPU, no process group: 8 bytes of host memory per parameter of a fully trained model; of an adapter's base no
-    weight is read. Every hash is compared first. Raises UserError (damaged, no such step, output exists, another base) and BrokenExport.
+    weight is read. Every hash is compared first; Python code of a model runs only with `trust_remote_code`. Raises UserError (damaged, no such step, output exists, another base) and BrokenExport.
     """
     if output.exists():
         raise UserError(f"{output}: exists already. Give a folder that does not, or delete it.")
     found = pick(Path(run), step)
     loaded = recipe.load_resolved(Path(run) / "recipe.yaml")
+    if loaded.recipe.model.trust_remote_code and not trust_remote_code:  # the folder says so; the user must
+        raise UserError(
+            f"{Path(run) / 'recipe.yaml'}: model.trust_remote_code is true: {loaded.recipe.model.name_or_path} brings Python code of its own."
+            " Read that code, and if you trust its author give --trust-remote-code."
+        )
     same = found.facts["same"]
     prepare_libraries(use_cpu=True)
     facts = model.facts(loaded)

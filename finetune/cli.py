@@ -145,6 +145,7 @@ def checkpoints(
         Optional[tuple[str, Path]],
         typer.Option("--export", metavar="STEP OUT", help="write the checkpoint of this step, or the newest, as a Hugging Face folder"),
     ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="with --export: run the model's own Python code")] = False,
 ) -> None:
     """List a run's checkpoints, say whether they are whole, or export one as a model."""
 
@@ -156,7 +157,7 @@ def checkpoints(
             return
         from finetune.checkpoint_export import export_checkpoint
 
-        print(export_checkpoint(run, *export), flush=True)
+        print(export_checkpoint(run, *export, trust_remote_code), flush=True)
 
     sys.exit(guarded(body))
 

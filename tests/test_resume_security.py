@@ -192,6 +192,22 @@ def test_a_bomb_among_the_files_of_model_and_tokenizer(name, tmp_path, canary):
         model.load_model(loaded, launch.one_process(), facts, torch.device("cpu"))
 
 
+def test_a_runs_folder_cannot_say_that_code_is_trusted(saved_runs, tmp_path, canary):
+    work = Path(shutil.copytree(saved_runs["plain"], tmp_path / "run"))
+    base = tiny_model(tmp_path / "base")
+    (base / "own.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nfrom transformers import LlamaConfig as OwnConfig\n")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    text = (work / "recipe.yaml").read_text().replace("trust_remote_code: false", "trust_remote_code: true")
+    (work / "recipe.yaml").write_text(text.replace(str(saved_runs.recipe.parent / "base"), str(base)))
+    with pytest.raises(UserError, match="model.trust_remote_code is true.*give --trust-remote-code"):
+        export_checkpoint(str(work), "4", tmp_path / "out")
+    assert not canary.exists()
+    with contextlib.suppress(UserError):
+        export_checkpoint(str(work), "4", tmp_path / "out", trust_remote_code=True)
+    canary.rmdir()  # the code was live
+
+
 def test_an_adapter_that_is_a_pickle(saved_runs, tmp_path, canary):
     from finetune import trained
 
