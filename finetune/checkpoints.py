@@ -34,7 +34,9 @@ def survey(run: Path, hashes: bool) -> dict:
     """The document of `finetune checkpoints --json`: docs/resume.md says what its keys hold. Raises UserError: no run there."""
     root = root_of(run)
     evaluations = _logged(run / "metrics.jsonl")
-    entries = [_entry(examine(folder, hashes), evaluations) for folder in snapshots.candidates(root)]
+    found = [examine(folder, hashes) for folder in snapshots.candidates(root)]
+    # a run that goes on may have pruned one meanwhile
+    entries = [_entry(snapshot, evaluations) for snapshot in found if not snapshot.problems or snapshot.folder.exists()]
     whole = [entry["step"] for entry in entries if not entry["problems"]]
     return {
         "run": str(run),

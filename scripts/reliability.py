@@ -45,7 +45,8 @@ from finetune.errors import UserError
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes", "safetensors")
 LAUNCHES = {"one process": dict(ranks=1), "DDP on 2 ranks": dict(ranks=2), "ZeRO-2 on 2 ranks": dict(ranks=2, zero_stage=2),
             "ZeRO-3 with offload on 2 ranks": dict(ranks=2, **OFFLOAD)}  # fmt: skip
-SETTINGS = ("training.max_steps=30", "checkpoint.save_steps=1", "checkpoint.save_total_limit=2", "evaluation.eval_steps=10")
+SETTINGS = {"training.max_steps": 30, "checkpoint.save_steps": 1, "checkpoint.save_total_limit": 2, "evaluation.eval_steps": 10}
+FOR_EVER = {"training.max_steps": 1_000_000, "checkpoint.save_steps": 1_000_000, "evaluation.eval_steps": 1_000_000}
 KILLS_PER_RUN = 3
 CROSS_KILLS = (4, 18)  # steps: in the first epoch, and in a later one
 SECONDS = 900  # for one launch
@@ -72,10 +73,10 @@ class Bench:
     def env(self) -> dict[str, str]:
         return environment(PYTHONPATH=str(ROOT), FINETUNE_CACHE=str(self.folder / "cache"))
 
-    def start(self, kind: str, output: Path, *overrides: str) -> subprocess.Popen:
+    def start(self, kind: str, output: Path, settings: dict = SETTINGS) -> subprocess.Popen:
         """`finetune train` under this launch, in a session of its own; its output goes to a file beside the folder."""
-        command = [sys.executable, "-m", "finetune", "train", str(self.recipe), *SETTINGS, *overrides, f"output_dir={output}",
-                   "--launch", str(self.files[kind])]  # fmt: skip
+        command = [sys.executable, "-m", "finetune", "train", str(self.recipe), f"output_dir={output}",
+                   *(f"{key}={value}" for key, value in settings.items()), "--launch", str(self.files[kind])]  # fmt: skip
         with open(output.with_suffix(".log"), "w") as log:
             return subprocess.Popen(command, env=self.env, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
 
@@ -205,7 +206,7 @@ def kill_chain(bench: Bench, kind: str, number: int, deadline: float) -> dict:
     result: dict = {"launch": kind, "kills": [], "came_through": 0, "lost": "", "differences": [], "orphans": 0}
     for _ in range(KILLS_PER_RUN):
         at_start = choose.random() < 0.2  # else while it trains and saves
-        delay = choose.uniform(0, bench.seconds[kind][0] if at_start else bench.seconds[kind][1])
+        delay = choose.uniform(0, 0.9 * bench.seconds[kind][not at_start])
         known = steps_of(output)
         process = bench.start(kind, output)
         if not at_start:
@@ -241,7 +242,7 @@ def kill_chain(bench: Bench, kind: str, number: int, deadline: float) -> dict:
 def stop_cleanly(bench: Bench, kind: str) -> dict:
     """SIGTERM to `finetune train` between two steps: seconds until it has saved and ended, and who is left."""
     output = bench.folder / f"stopped-{kind.split()[0]}"
-    process = bench.start(kind, output, "training.max_steps=1000000", "checkpoint.save_steps=1000000", "evaluation.eval_steps=1000000")
+    process = bench.start(kind, output, FOR_EVER)
     wait_for_step(process, output, 3)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
