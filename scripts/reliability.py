@@ -336,7 +336,7 @@ def failures(found: dict) -> list[str]:
     for row in found["kills"] + found["cross"]:
         name = row.get("launch") or row.get("name")
         wrong += [f"{name}: lost: {row['lost']}"] * bool(row["lost"]) + [f"{name}: {text}" for text in row["differences"]]
-        wrong += [f"{name}: {row['orphans']} processes were left behind"] * bool(row.get("orphans"))
+        wrong += [f"{name}: {left} processes were left behind"] if (left := row.get("orphans")) else []
     return wrong
 
 
