@@ -25,7 +25,8 @@ def export_checkpoint(run: str, step: str, output: Path, trust_remote_code: bool
     """Write the checkpoint of `step` (or the `newest`) of a run as a Hugging Face folder or adapter; returns one line about it.
 
     One process, on the CPU, no process group: 8 bytes of host memory per parameter of a fully trained model; of an adapter's base no
-    weight is read. Every hash is compared first; Python code of a model runs only with `trust_remote_code`. Raises UserError (damaged, no such step, output exists, another base) and BrokenExport.
+    weight is read. Every hash is compared first; Python code of a model runs only with `trust_remote_code`. Raises UserError (damaged,
+    no such step, output exists, another base) and BrokenExport.
     """
     if output.exists():
         raise UserError(f"{output}: exists already. Give a folder that does not, or delete it.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def pick(run: Path, step: str) -> Snapshot:
     return found
 
 
-def _entry(snapshot: Snapshot, evaluations: dict[int, float]) -> dict:
+def _entry(snapshot: Snapshot, evaluations: dict[int, float | None]) -> dict:
     """One checkpoint; a figure that is not known, or not to be trusted, is None."""
     state, problem = ({}, "") if snapshot.problems else _state(snapshot)
     facts, same = snapshot.facts, snapshot.facts.get("same", {})
@@ -113,21 +114,25 @@ def _state(snapshot: Snapshot) -> tuple[dict, str]:
             "epoch": int(position["epoch"]),
             "rows": int(position["applied_rows"]),
             "total_tokens": int(state["total_tokens"]),
-            "train_loss": None if state["train_loss"] is None else float(state["train_loss"]),
-            "evaluations": {int(step): float(loss) for step, loss in state["evaluations"]},
+            "train_loss": _finite(state["train_loss"]),
+            "evaluations": {int(step): _finite(loss) for step, loss in state["evaluations"]},
         }, ""
     except (ValueError, TypeError, KeyError):
         return {}, f"{STATE} is no state of a run"
 
 
-def _logged(metrics: Path) -> dict[int, float]:
+def _finite(value: float | None) -> float | None:
+    """JSON has no other numbers."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _logged(metrics: Path) -> dict[int, float | None]:
     """Held-out losses by step in metrics.jsonl: the last step is evaluated after it was saved."""
-    found: dict[int, float] = {}
+    found: dict[int, float | None] = {}
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
         try:
             row = json.loads(line)
-            if isinstance(row["eval_loss"], float):
-                found[int(row["step"])] = row["eval_loss"]
+            found[int(row["step"])] = _finite(row["eval_loss"])
         except (ValueError, TypeError, KeyError):
             continue
     return found
