@@ -34,8 +34,8 @@ def export_checkpoint(run: str, step: str, output: Path, trust_remote_code: bool
     loaded = recipe.load_resolved(Path(run) / "recipe.yaml")
     if loaded.recipe.model.trust_remote_code and not trust_remote_code:  # the folder says so; the user must
         raise UserError(
-            f"{Path(run) / 'recipe.yaml'}: model.trust_remote_code is true: {loaded.recipe.model.name_or_path} brings Python code of its own."
-            " Read that code, and if you trust its author give --trust-remote-code."
+            f"{Path(run) / 'recipe.yaml'}: model.trust_remote_code is true: {loaded.recipe.model.name_or_path} brings Python code of its"
+            " own. Read that code, and if you trust its author give --trust-remote-code."
         )
     same = found.facts["same"]
     prepare_libraries(use_cpu=True)
@@ -48,7 +48,8 @@ def export_checkpoint(run: str, step: str, output: Path, trust_remote_code: bool
     state = _whole_state(found, network, saved)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_model(state, network, tokenizer, output, facts.export_dtype)
-    what = f"{facts.architecture}, {facts.export_dtype}" if loaded.recipe.lora is None else f"an adapter of {loaded.recipe.model.name_or_path}"
+    adapter = f"an adapter of {loaded.recipe.model.name_or_path}"
+    what = f"{facts.architecture}, {facts.export_dtype}" if loaded.recipe.lora is None else adapter
     return f"{output}: step {found.step} of {run} as {what}."
 
 

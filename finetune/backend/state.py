@@ -66,7 +66,8 @@ def read_trained(folder: Path, sharded: bool) -> dict[str, Tensor]:
             return load_file(folder / MODEL)
         try:
             tensors = read_shards(folder, SHARDS)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:  # DeepSpeed takes what it reads at its word
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+            # DeepSpeed takes what it reads at its word
             raise UserError(_not_a_state(folder, error)) from error
         prefix = "model."  # of the summed-loss module that holds the model
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
