@@ -195,7 +195,8 @@ def test_a_bomb_among_the_files_of_model_and_tokenizer(name, tmp_path, canary):
 def test_a_runs_folder_cannot_say_that_code_is_trusted(saved_runs, tmp_path, canary):
     work = Path(shutil.copytree(saved_runs["plain"], tmp_path / "run"))
     base = tiny_model(tmp_path / "base")
-    (base / "own.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nfrom transformers import LlamaConfig as OwnConfig\n")
+    code = f"import os\nfrom transformers import LlamaConfig\nos.mkdir({str(canary)!r})\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    (base / "own.py").write_text(code)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
     text = (work / "recipe.yaml").read_text().replace("trust_remote_code: false", "trust_remote_code: true")
