@@ -266,9 +266,10 @@ def refused(run, recipe_path: Path, overrides: list[str], file: Path) -> str:
     """Why this combination cannot be trained, or "": the recipe's own words."""
     try:
         loaded, strategy = recipe.load(recipe_path, overrides), launch.read(file)
-        return "; ".join(map(str, compatibility.refusals(loaded, strategy)))
+        why = "; ".join(map(str, compatibility.refusals(loaded, strategy)))
     except UserError as error:
-        return str(error)
+        why = str(error)
+    return why.replace(str(file), file.name)
 
 
 def cross_case(bench: Bench, number: int, name: str, run) -> dict:
@@ -387,7 +388,7 @@ DeepSpeed's compiled ops that kills left behind, named by the next start: {found
     if found["cross"]:
         parts.append(
             f"## The cross\n\n{len(ran)} of the {found['cross_size']} combinations were run (seed {found['seed']}), each killed after steps"
-            f" {CROSS_KILLS[0]} and {CROSS_KILLS[1]}; {len(not_run)} drawn ones are refused by the recipe.\n\n"
+            f" {CROSS_KILLS[0]} and {CROSS_KILLS[1]}; {len(not_run)} drawn ones are refused by the recipe. A stream has no epochs: 0 there.\n\n"
             + table(("combination", "killed in epochs", "lost", "bitwise the same"),
                     [(r["name"], ", ".join(f"{e:.2f}" for e in r["epochs"]), "yes" if r["lost"] else "no",
                       "no" if r["differences"] or r["lost"] else "yes") for r in ran])
