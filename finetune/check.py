@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from finetune import redact
 from finetune.errors import UserError
 from finetune.preflight import Settled, advice, batch_line, first_stage, learning_rate_line
 from finetune.recipe import Loaded
@@ -36,12 +37,12 @@ def check(recipe_path: str, overrides: Sequence[str], launch_file: str | None, a
             found |= _second_stage(settled)
         except UserError as error:
             if as_json:
-                print(json.dumps({"ok": False, "problems": list(error.messages), **found}, indent=1), file=output)
+                print(json.dumps(redact.tree({"ok": False, "problems": list(error.messages), **found}), indent=1), file=output)
             raise
         if as_json:
-            print(json.dumps({"ok": True, "problems": [], **found}, indent=1), file=output)
+            print(json.dumps(redact.tree({"ok": True, "problems": [], **found}), indent=1), file=output)
         else:
-            print(_summary(recipe_path, settled, found, launch_file), flush=True)
+            print(redact.text(_summary(recipe_path, settled, found, launch_file)), flush=True)
 
 
 @contextlib.contextmanager

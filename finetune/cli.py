@@ -136,6 +136,32 @@ def export(
     sys.exit(guarded(body))
 
 
+@app.command()
+def checkpoints(
+    run: Annotated[str, typer.Argument(help="a run's output_dir")],
+    verify: Annotated[bool, typer.Option("--verify", help="read every byte and compare its hash, not only manifests and lengths")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    export: Annotated[
+        Optional[tuple[str, Path]],
+        typer.Option("--export", metavar="STEP OUT", help="write the checkpoint of this step, or the newest, as a Hugging Face folder"),
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="with --export: run the model's own Python code")] = False,
+) -> None:
+    """List a run's checkpoints, say whether they are whole, or export one as a model."""
+
+    def body() -> None:
+        if export is None:
+            from finetune.checkpoints import show
+
+            show(run, verify, as_json)
+            return
+        from finetune.checkpoint_export import export_checkpoint
+
+        print(export_checkpoint(run, *export, trust_remote_code), flush=True)
+
+    sys.exit(guarded(body))
+
+
 def _raise(error: Exception) -> None:
     raise error
 

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 
+from finetune import redact
 from finetune.errors import FinetuneError
 
 STATUS_FILE = "FINETUNE_STATUS_FILE"  # environment variable: where rank 0 leaves its exit status and message
@@ -45,6 +46,7 @@ def end_with(code: int, message: str, for_launcher: str = "") -> int:
     wrong; the others give it time, because the launcher kills all ranks as soon as one has left, and speak up only when
     they are still alive, which means that rank 0 has no problem.
     """
+    message, for_launcher = redact.text(message), redact.text(for_launcher)
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
         time.sleep(GRACE_SECONDS)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from finetune import launch, recipe
+from finetune import launch, recipe, redact
 from finetune.errors import UserError
 from finetune.recipe import Loaded
 
@@ -30,6 +30,7 @@ def inspect(recipe_path: str, overrides: Sequence[str], samples: int, as_json: b
             document = {"ok": False, "problems": list(error.messages)}
             if not as_json:
                 raise
+    document = {key: value if key == "samples" else redact.tree(value) for key, value in document.items()}  # rows as they are
     if as_json:
         print(json.dumps(document, ensure_ascii=False), flush=True)
     else:

@@ -82,8 +82,8 @@ def examine(folder: Path, hashes: bool, threads: int = THREADS) -> Snapshot:
     problems += [f"{n} has {found[n]} bytes instead of {files[n].bytes}" for n in same if found[n] != files[n].bytes]
     if hashes:
         same = [n for n in same if found[n] == files[n].bytes]
-        changed = _parallel(lambda name: _changed(folder / name, name, files[name]), same, threads)
-        problems += [problem for problem in changed if problem]
+        wrong = _parallel(lambda name: changed(folder, name, files[name]), same, threads)
+        problems += [problem for problem in wrong if problem]
     return Snapshot(step, folder, facts, files, tuple(problems))
 
 
@@ -194,9 +194,10 @@ def _digest(path: Path, sync: bool = False) -> Digest:
     return Digest(sha256.hexdigest(), read_bytes)
 
 
-def _changed(path: Path, name: str, expected: Digest) -> str | None:
+def changed(folder: Path, name: str, expected: Digest) -> str | None:
+    """What is wrong with the content of one file, in words, or None."""
     try:
-        return None if _digest(path) == expected else f"{name}: its sha256 differs"
+        return None if _digest(folder / name) == expected else f"{name}: its sha256 differs"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
 

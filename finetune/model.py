@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from finetune.backend.kernels import optional_packages, plain_4bit_layers
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 from finetune.launch import Strategy
 from finetune.recipe import Loaded
 
@@ -94,7 +95,7 @@ def _not_loadable(loaded: Loaded, what: str, error: Exception) -> str:
         )
     return (
         f"{loaded.where('model.name_or_path')}: model.name_or_path is {name}, but its {what} cannot be loaded:"
-        f" {str(error).splitlines()[0]} Give a folder written by save_pretrained, or the id of a model on the Hugging"
+        f" {reason(error)} Give a folder written by save_pretrained, or the id of a model on the Hugging"
         " Face hub that you can reach (for gated models: `hf auth login`)."
     )
 
@@ -111,7 +112,7 @@ def _not_built(loaded: Loaded, error: Exception) -> str:
 
 
 def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, device: torch.device) -> nn.Module:
-    """The model with its trainable part in place, on the host (QLoRA: on `device`, where it is quantised).
+    """The model with its trainable part in place, on the host (QLoRA: on `device`, where it is quantised; meta: shapes alone).
 
     Full fine-tuning trains float32 weights; with LoRA the frozen base stays in model.dtype and the adapters are float32.
     Under ZeRO-3 each rank holds its shard only (zero.Init through transformers, set up by the engine before).
@@ -123,6 +124,8 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
         options["attn_implementation"] = section.attn_implementation
     if section.load_in_4bit:
         options |= {"quantization_config": _nf4(strategy), "device_map": {"": device}}
+    if device.type == "meta":
+        options["device_map"] = {"": device}
     model = _read_weights(loaded, options)
     plain_4bit_layers(model)
     if model.get_input_embeddings().num_embeddings < model_facts.vocabulary:
@@ -149,7 +152,7 @@ def _read_weights(loaded: Loaded, options: dict) -> nn.Module:
             model, info = AutoModelForCausalLM.from_pretrained(
                 section.name_or_path, **_source(loaded), output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(_not_built(loaded, error)) from error
     # transformers fills what a checkpoint lacks with random numbers and only warns
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from finetune import redact
 from finetune.errors import UserError
 from finetune.recipe_check import check, lookup, show
 from finetune.recipe_fields import (
@@ -86,8 +87,8 @@ class Loaded:
         return replace(self, recipe=recipe, _places=places, _overridden=frozenset(overridden))
 
     def dump(self) -> str:
-        """The resolved recipe as YAML: every default written out, no nulls, local paths absolute."""
-        return dump(self.recipe.model_dump(exclude_none=True))
+        """The resolved recipe as YAML: every default written out, no nulls, local paths absolute, secrets taken out."""
+        return dump(redact.tree(self.recipe.model_dump(exclude_none=True)))
 
 
 def read_resolved(path: Path) -> dict | None:
@@ -97,6 +98,17 @@ def read_resolved(path: Path) -> dict | None:
     except (OSError, UnicodeDecodeError):
         return None
     return document.value if isinstance(document.value, dict) else None
+
+
+def load_resolved(path: Path) -> Loaded:
+    """The resolved recipe in a run's folder. Its data need not be there any more. Raises UserError."""
+    document = parse(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if document is None or document.problems or not isinstance(document.value, dict):
+        raise UserError(f"{path}: is not there or not readable; it says what the checkpoints hold. Give a run's output folder.")
+    recipe, problems = check(document.value)
+    if problems or recipe is None:
+        raise UserError([f"{path}: {sentence}" for _, sentence in problems])
+    return Loaded(recipe, path.absolute(), str(path), document.value, {}, frozenset())
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:

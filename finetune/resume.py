@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 from pathlib import Path
 
-from finetune import checkpoint, snapshots
+from finetune import checkpoint, redact, snapshots
 from finetune.backend.universal import not_convertible
 from finetune.checkpoint import Progress, comparable, differences
 from finetune.errors import UserError
@@ -48,18 +48,22 @@ def base_fingerprint(name_or_path: str, revision: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def tokenizer_fingerprint(tokenizer) -> str:
+    """What the tokenizer does: its pieces, merges and rules, and the chat template."""
+    text = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256((text + str(tokenizer.chat_template)).encode()).hexdigest()
+
+
 def facts_of(job: Job) -> dict:
     """What goes into a checkpoint's manifest: `same` must be met again at a resume, the rest is for people."""
     plan = job.plan
-    tokenizer = plan.tokenizer
-    text = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(sorted(tokenizer.get_vocab().items()))
     sharded = plan.strategy.engine == "deepspeed"
     return {
         "same": {
-            "recipe": comparable(plan.loaded.recipe.model_dump(mode="json", exclude_none=True)),
+            "recipe": redact.tree(comparable(plan.loaded.recipe.model_dump(mode="json", exclude_none=True))),
             "rows of the training data": plan.data.train.fingerprint,
             "base model": base_fingerprint(plan.loaded.recipe.model.name_or_path, plan.loaded.recipe.model.revision),
-            "tokenizer": hashlib.sha256((text + str(tokenizer.chat_template)).encode()).hexdigest(),
+            "tokenizer": tokenizer_fingerprint(plan.tokenizer),
             "rows per optimizer step": plan.batch.global_batch_rows,
             "mixed precision": plan.strategy.mixed_precision,
             "engine": "DeepSpeed" if sharded else "plain",
@@ -134,7 +138,7 @@ def _refuse_what_is_there(loaded: Loaded, output_dir: Path) -> None:
     there = read_resolved(output_dir / "recipe.yaml")
     if there is None:
         return
-    now = comparable(loaded.recipe.model_dump(mode="json", exclude_none=True))
+    now = redact.tree(comparable(loaded.recipe.model_dump(mode="json", exclude_none=True)))  # as it was written
     different = differences(comparable(there), now, loaded.recipe.checkpoint.allow_changed)
     if different:
         raise UserError(

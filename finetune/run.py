@@ -11,11 +11,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune import launch, recipe
+from finetune import launch, recipe, redact
 from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import StopRequested, UserError
 from finetune.exits import INTERRUPTED, guarded, is_launched
 from finetune.launch import Strategy
+from finetune.output_folder import refuse_links_out
 from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
 from finetune.run_lock import acquire
@@ -48,6 +49,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     from finetune.report.console import Console
     from finetune.report.files import RunFiles, is_finished
 
+    refuse_links_out(output_dir)
     console = Console(enabled=int(os.environ.get("RANK", "0")) == 0)
     again = loaded.recipe.checkpoint.resume == "never"
     if strategy.machines == 1 and not again and is_finished(output_dir):
@@ -105,7 +107,7 @@ def _start_trackers(job, console, output_dir: Path):
 
     recipe = job.plan.loaded.recipe
     settings = {key: value if isinstance(value, (bool, int, float)) else str(value)
-                for key, value in flat(recipe.model_dump(mode="json", exclude_none=True)).items()}  # fmt: skip
+                for key, value in flat(redact.tree(recipe.model_dump(mode="json", exclude_none=True))).items()}  # fmt: skip
     names = recipe.logging.report_to if job.engine.rank == 0 else []
     return start(names, output_dir / "trackers", output_dir.name, settings, console.say)
 

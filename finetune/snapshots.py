@@ -154,10 +154,15 @@ def prune(root: Path, current: int, limit: int, protect: int | None = None) -> l
 # ---- choosing
 
 
+def candidates(root: Path) -> list[Path]:
+    """The folders that `newest` looks at, by step."""
+    found = dict(_entries(root, OLD)) | dict(_entries(root, ""))  # .old: killed between the two renames of a replacement
+    return [folder for _, folder in sorted(found.items())]
+
+
 def newest(root: Path, say: Callable[[str], None], threads: int = THREADS) -> Snapshot | None:
     """The checkpoint of the highest step that verifies, or None. `say` gets one message for each damaged one above it."""
-    found = dict(_entries(root, OLD)) | dict(_entries(root, ""))  # .old: killed between the two renames of a replacement
-    for _, folder in sorted(found.items(), reverse=True):
+    for folder in reversed(candidates(root)):
         snapshot = examine(folder, hashes=True, threads=threads)
         if not snapshot.problems:
             return snapshot

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from finetune.backend.kernels import plain_4bit_layers
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 from finetune.export import BASE_FILE
 from finetune.report.files import read_json
 
-UNREADABLE = (OSError, ValueError, KeyError, SafetensorError)
+UNREADABLE = (OSError, ValueError, KeyError, SafetensorError, UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -96,4 +97,4 @@ def _load_base(trained: Trained, device: torch.device, dtype: torch.dtype | None
 
 def _unreadable(name: str, what: str, error: Exception, trained: Trained | None = None) -> str:
     base = f" (the base of the adapter {trained.name})" if trained is not None and trained.adapter else ""
-    return f"{name}{base}: its {what} cannot be loaded: {str(error).splitlines()[0]}"
+    return f"{name}{base}: its {what} cannot be loaded: {reason(error)}"

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
+import pytest
+
+
+@pytest.fixture(scope="session")
+def saved_runs(tmp_path_factory):
+    """Runs with checkpoints, by kind: see saved_runs.py. Copy one before changing it."""
+    from saved_runs import SavedRuns
+
+    return SavedRuns(tmp_path_factory.mktemp("saved"))
+
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """Minutes per area (the word after test_ in the file's name), and what was skipped and why."""

@@ -89,6 +89,18 @@ def test_generate_prints_answers_and_nothing_else(runs, name):
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_the_last_checkpoint_exports_to_the_same_weights(runs, name, tmp_path):
+    from typer.testing import CliRunner
+
+    from finetune.cli import app
+
+    done = CliRunner().invoke(app, ["checkpoints", str(runs[name]), "--export", "newest", str(tmp_path / "model")])
+    assert done.exit_code == 0, done.stderr
+    for file in [*(runs[name] / "model").glob("*.safetensors"), *(runs[name] / "model").glob("finetune_base.json")]:
+        assert (tmp_path / "model" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_generate_samples_by_seed_and_names_several_prompts(runs):
     def sample(seed: int) -> str:
         result = finetune("generate", runs["full"] / "model", "a fox", "a dog", "--max-new-tokens", "8", "--temperature", "1",

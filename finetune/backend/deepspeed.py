@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -149,6 +152,52 @@ def drop_gradients(optimizer) -> None:
     """
     if getattr(optimizer, "cpu_offload", False) and isinstance(gradients := getattr(optimizer, "averaged_gradients", None), dict):
         gradients.update(dict.fromkeys(gradients))
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Work in a folder, so that relative names do: DeepSpeed takes paths for glob patterns and regular expressions, and an output_dir
+    with [, ] or + would match nothing.
+    """
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def only_known_pickles() -> Iterator[None]:
+    """Within it torch.load builds tensors, plain containers and these few classes of DeepSpeed, and calls nothing else.
+
+    DeepSpeed's shards are pickles, which it loads with weights_only=False: whoever could forge a checkpoint could run code.
+    TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, torch's own switch, turns this off.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    if not os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+def read_shards(folder: Path, tag: str) -> dict[str, Tensor]:
+    """Trained parameters in folder/tag, whole and float32, by their names in the engine's module. Needs no process group."""
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with only_known_pickles(), inside(folder), quiet[0], quiet[1]:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return dict(get_fp32_state_dict_from_zero_checkpoint(".", tag, exclude_frozen_parameters=True))
 
 
 def destroy(accelerator) -> None:

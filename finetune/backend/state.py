@@ -1,14 +1,18 @@
 """The state of an engine on disk: trained weights, optimizer, loss scale. Written between two windows, read before the first.
 
 One process and DDP: rank 0 writes safetensors and JSON of what is trained; every rank reads it. DeepSpeed: every rank writes its own
-shards in DeepSpeed's format, which are pickles: whoever reads them has compared their hashes with our manifest before.
+shards in DeepSpeed's format, which are pickles: whoever reads them has compared their hashes with our manifest before, and only
+tensors, containers and a few classes of DeepSpeed are built from them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.backend.deepspeed import inside, only_known_pickles, read_shards
 from finetune.backend.engine import Engine
-from finetune.backend.universal import convert, inside
+from finetune.backend.universal import convert
+from finetune.errors import UserError, reason
 
 MODEL, OPTIMIZER, SCALARS, SHARDS = "model.safetensors", "optimizer.safetensors", "optimizer.json", "deepspeed"
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
@@ -43,7 +49,47 @@ def save_state(engine: Engine, folder: Path) -> list[str]:
 
 
 def load_state(engine: Engine, folder: Path) -> None:
-    """Read what `save_state` wrote under the same strategy; `folder` has been verified. A collective."""
+    """Read what `save_state` wrote under the same strategy; `folder` has been verified. A collective.
+
+    Raises UserError where a file does not hold what its name says, which only a forged manifest lets through.
+    """
+    with _readable(folder):
+        _load_state(engine, folder)
+
+
+def read_trained(folder: Path, sharded: bool) -> dict[str, Tensor]:
+    """The trained parameters in a checkpoint, whole, by their names in the Hugging Face (or peft) model. No process group.
+
+    `folder` has been verified; `sharded` says that DeepSpeed wrote it: these come in float32. Raises UserError.
+    """
+    with _readable(folder):
+        if not sharded:
+            return load_file(folder / MODEL)
+        try:
+            tensors = read_shards(folder, SHARDS)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+            # DeepSpeed takes what it reads at its word
+            raise UserError(_not_a_state(folder, error)) from error
+        prefix = "model."  # of the summed-loss module that holds the model
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(_not_a_state(folder, error)) from error
+
+
+def _not_a_state(folder: Path, error: Exception) -> str:
+    return (
+        f"{folder}: a file of it is no state of a run, though manifest.json says that it is as it was written: {reason(error)} Who"
+        " changed it changed the manifest, too: do not go on from this folder."
+    )
+
+
+def _load_state(engine: Engine, folder: Path) -> None:
     if engine.strategy.engine == "deepspeed":
         _load_shards(engine, folder, universal=False)
         return
@@ -62,8 +108,12 @@ def load_state(engine: Engine, folder: Path) -> None:
 
 
 def convert_state(folder: Path, target: Path) -> None:
-    """Make what a DeepSpeed engine saved into `folder` readable for `load_converted`, in the folder `target`. One process; raises OSError."""
-    convert(folder / SHARDS, target / SHARDS)
+    """Make what a DeepSpeed engine saved into `folder` readable for `load_converted`, in the folder `target`. One process.
+
+    Raises OSError, and UserError as `load_state` does.
+    """
+    with _readable(folder):
+        convert(folder / SHARDS, target / SHARDS)
 
 
 def load_converted(engine: Engine, folder: Path) -> None:
@@ -76,7 +126,7 @@ def _load_shards(engine: Engine, folder: Path, universal: bool) -> None:
     # all, and its clipping; the recipe's stand, also where a change was allowed
     settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     engine.module._config.load_universal_checkpoint = universal
-    with inside(folder):
+    with only_known_pickles(), inside(folder):
         found, _ = engine.module.load_checkpoint(".", tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False)
     assert found is not None, f"DeepSpeed read nothing from {folder}"
     for group, values in zip(engine.optimizer.param_groups, settings, strict=True):

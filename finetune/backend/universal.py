@@ -11,11 +11,11 @@ import argparse
 import contextlib
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from finetune.backend.deepspeed import inside, only_known_pickles
 from finetune.launch import Strategy
 
 BYTES_FACTOR = 3  # on the disk together at most: fragments of all shards, the whole tensors made of them, one rank's shard
@@ -30,19 +30,6 @@ def not_convertible(strategy: Strategy, optim: str) -> str:
     return ""
 
 
-@contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    """Work in a folder, so that relative names do: DeepSpeed takes paths for glob patterns and regular expressions, and an output_dir
-    with [, ] or + would match nothing.
-    """
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
 def convert(shards: Path, target: Path) -> None:
     """Write the shards in the folder `shards`, whose hashes were compared before, as a universal checkpoint into the folder `target`.
 
@@ -50,7 +37,7 @@ def convert(shards: Path, target: Path) -> None:
     """
     from deepspeed.checkpoint import ds_to_universal
 
-    with inside(target.parent):
+    with only_known_pickles(), inside(target.parent):
         arguments = argparse.Namespace(
             input_folder=os.path.relpath(shards.resolve(), target.parent.resolve()), output_folder=target.name,
             inject_missing_state=True, keep_temp_folder=False, strict=True, num_extract_workers=1, num_merge_workers=1,

@@ -7,6 +7,8 @@ import sys
 
 from tqdm import tqdm
 
+from finetune import redact
+
 
 def human_bytes(count: float) -> str:
     """`1.5 GiB` and the like."""
@@ -38,7 +40,7 @@ class Console:
         """One line (or block), without tearing the progress bar."""
         if self.enabled:
             with contextlib.suppress(OSError):  # the terminal may have gone; the run goes on
-                tqdm.write(text, file=sys.stderr)
+                tqdm.write(redact.text(text), file=sys.stderr)
                 sys.stderr.flush()
 
     def facts(self, rows: dict[str, str]) -> None:

@@ -8,14 +8,20 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune import redact
+
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 
 
 def write_json(path: Path, document: dict) -> None:
     """Replace `path` atomically: a reader sees the old document or the new one, never half of one."""
+    _replace(path, json.dumps(document, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -49,7 +55,7 @@ class RunFiles:
         if not self.enabled:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        _replace(self.output_dir / "recipe.yaml", recipe_text)
         _cut(self.output_dir / METRICS_FILE, window, evaluated)
         self.update(status="running", exit_code=None)
 
@@ -65,7 +71,7 @@ class RunFiles:
         """Merge fields into run.json."""
         if self.enabled:
             self.document |= fields
-            write_json(self.output_dir / RUN_FILE, self.document)
+            write_json(self.output_dir / RUN_FILE, redact.tree(self.document))
 
 
 def _cut(metrics: Path, window: int, evaluated: Collection[int]) -> None:
@@ -79,6 +85,4 @@ def _cut(metrics: Path, window: int, evaluated: Collection[int]) -> None:
             continue
         if row["window"] <= window if "window" in row else row["step"] in evaluated:
             kept.append(line)
-    temporary = metrics.with_name(metrics.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, metrics)
+    _replace(metrics, "".join(kept))
