@@ -11,15 +11,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune import launch, recipe
+from finetune import exits, launch, recipe
 from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import StopRequested, UserError
-from finetune.exits import INTERRUPTED, guarded, is_launched
+from finetune.exits import guarded, is_launched
 from finetune.launch import Strategy
 from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
 from finetune.run_lock import acquire
 from finetune.stopping import STOP_FILE, follow_launcher, listening
+from finetune.watchdog import watching
+from finetune.whereabouts import at
 
 
 
@@ -32,7 +34,11 @@ def run_rank(argv: Sequence[str]) -> None:
                             " launch finetune/train.py recipe.yaml [key=value ...]")  # fmt: skip
         train_in_place(argv[0], list(argv[1:]))
 
-    sys.exit(guarded(body))
+    code = guarded(body)
+    if code and is_launched():
+        sys.stderr.flush()
+        os._exit(code)  # the interpreter's own end may wait for ranks that wait for this one
+    sys.exit(code)
 
 
 def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
@@ -78,9 +84,8 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
         summary = _train_and_export(job, files, console, facts, progress)
     except BaseException as error:  # however it ends, run.json says so; then it goes on its way
         console.end_bar()
-        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-        status = "stopped" if isinstance(error, StopRequested) else "failed"
-        files.update(status=status, exit_code=code, message=str(error))
+        end = exits.settle(error)[1]
+        files.update(status="stopped" if end.code == StopRequested.exit_code else "failed", exit_code=end.code, message=end.message)
         raise
     files.update(status="done", exit_code=0, summary=summary)
     job.engine.wait()
@@ -106,8 +111,13 @@ def _train_and_export(job, files, console, facts: dict, progress) -> dict:
     from finetune.follow import follow, summary_of
 
     model_dir = files.output_dir / "model"
-    with listening(files.output_dir) as wishes:
+    seconds = job.plan.loaded.recipe.training.step_timeout_seconds
+    with (
+        listening(files.output_dir) as wishes,
+        watching(seconds, lambda code, message: files.update(status="failed", exit_code=code, message=message)),
+    ):
         progress = follow(job, files, console, progress, facts, wishes)
+        at("writing the model")
         console.say("writing the model ...")
         export_model(job.engine, job.plan.tokenizer, job.plan.facts.export_dtype, model_dir)
     return summary_of(job, progress, model_dir)

@@ -44,7 +44,8 @@ def listening(output_dir: Path) -> Iterator[Callable[[], Wishes]]:
     """Within it SIGTERM, SIGINT and SIGUSR1 ask for a stop, and so does a file output_dir/STOP; output_dir/SAVE asks for a checkpoint.
 
     A second SIGTERM or SIGINT, two seconds after the first signal or later, ends the process at once. Yields what tells the wishes so
-    far. The signals are as they were afterwards.
+    far. The signals are as they were afterwards; where an error ends the run they stay, for the launcher asks all ranks to go when one
+    has, and this one may still have to say why.
     """
     stop_files = [output_dir / STOP_FILE, *(Path(path) for path in [os.environ.get(EXTRA_STOP_FILE)] if path)]
     asked: list[float] = []
@@ -57,8 +58,6 @@ def listening(output_dir: Path) -> Iterator[Callable[[], Wishes]]:
         asked.append(now)  # and nothing else: where the terminal has gone, a word would be an error in the middle of a step
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, LAUNCHER_DIED)}
-    try:
-        yield lambda: Wishes(bool(asked) or any(file.exists() for file in stop_files), (output_dir / SAVE_FILE).exists())
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    yield lambda: Wishes(bool(asked) or any(file.exists() for file in stop_files), (output_dir / SAVE_FILE).exists())
+    for number, old in before.items():
+        signal.signal(number, old)
