@@ -104,7 +104,10 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def gone(folder: Path | None) -> list[whereabouts.Place]:
-    """Ranks of this machine that are gone without having left an end."""
+def gone() -> str:
+    """The ranks of this machine that are gone without having left an end, in words, "" where there are none."""
+    folder = whereabouts.shared_folder()
     said = {end.rank for end in left(folder)}
-    return [place for place in whereabouts.places(folder) if place.rank not in said and not is_running(place.pid)] if folder else []
+    lost = [place for place in whereabouts.places(folder) if place.rank not in said and not is_running(place.pid)] if folder else []
+    names = "; ".join(f"{place} (pid {place.pid})" for place in lost)
+    return f"{names}: gone without a word, killed or crashed. Noticed by {whereabouts.here()}." if lost else ""

@@ -48,9 +48,8 @@ def settle(error: BaseException) -> tuple[End, End]:
     own = getattr(error, "end", None) or _end_of(error)
     error.end = own
     stands = ends.settle(own)
-    if stands == own and own.lost_peer and (lost := ends.gone(whereabouts.shared_folder())):
-        names = "; ".join(f"{place} (pid {place.pid})" for place in lost)
-        stands = replace(own, message=f"{names}: gone without a word, killed or crashed. Noticed by {whereabouts.here()}.")
+    if stands == own and own.lost_peer and (lost := ends.gone()):
+        stands = replace(own, message=lost)
     return own, stands
 
 

@@ -7,6 +7,7 @@ collective reports first; one that stands inside may only be waiting, and report
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from finetune import ends, whereabouts
 from finetune.ends import End
 from finetune.exits import say
+from finetune.whereabouts import Place
 
 # Where a thread stands while it waits for other ranks, or for a device that does: the innermost frames' files.
 _WAITING = ("/torch/distributed/", "/torch/autograd/", "/deepspeed/comm/", "/deepspeed/runtime/", "/accelerate/utils/operations.py",
@@ -36,9 +38,8 @@ def watching(seconds: float, leave_word: Callable[[int, str], None]) -> Iterator
     `leave_word` is called with status and message before; whereabouts.at is what counts as progress.
     """
     over = threading.Event()
-    if seconds:
-        main = threading.get_ident()
-        threading.Thread(target=_watch, args=(seconds, main, leave_word, over), name="watchdog", daemon=True).start()
+    arguments = (seconds, threading.get_ident(), leave_word, over)
+    threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True).start()
     try:
         yield
     finally:
@@ -46,44 +47,59 @@ def watching(seconds: float, leave_word: Callable[[int, str], None]) -> Iterator
 
 
 def _watch(seconds: float, main: int, leave_word: Callable[[int, str], None], over: threading.Event) -> None:
-    tick = min(1.0, seconds / 10)
+    limit = seconds or math.inf
+    tick = min(1.0, limit / 10)
     beat, still, looked = -1, 0.0, time.monotonic()
     while not over.wait(tick):
+        whereabouts.alive()
         now = time.monotonic()
         # a process that was stopped for a while (a suspended job) has not been standing still
         still, looked = still + min(now - looked, 2 * tick), now
         if whereabouts.here().beat != beat:
             beat, still = whereabouts.here().beat, 0.0
-        if still > ends.GRACE_SECONDS and (cause := ends.first(ends.left(whereabouts.shared_folder()))) and not cause.lost_peer:
-            os._exit(cause.code)  # another rank failed and said so: this one waits for it in vain
-        if still < seconds:
+        if still > ends.GRACE_SECONDS:
+            _leave_if_in_vain(leave_word)
+        if still < limit:
             continue
         stack = traceback.extract_stack(sys._current_frames()[main])
-        waits = any(part in frame.filename.replace("\\", "/") for frame in stack[-2:] for part in _WAITING)
-        if still >= (longer(seconds) if waits else seconds):
-            _end(seconds, stack, waits, leave_word)
+        waits = any(part in frame.filename for frame in stack[-2:] for part in _WAITING)
+        others = whereabouts.others()
+        if not waits or still > longer(limit) and all(time.time() - other.time > limit for other in others):
+            _end(limit, stack, others if waits else [], leave_word)
 
 
-def _end(seconds: float, stack: traceback.StackSummary, waits: bool, leave_word: Callable[[int, str], None]) -> None:
-    """Say where this rank, or the one that it waits for, stands, and leave. Does not return."""
-    place, frame = whereabouts.here(), stack[-1]
-    rest = f"training.step_timeout_seconds is {seconds:g}: set it higher if this can take so long"
-    stands = f"it stands in {os.path.basename(frame.filename)}:{frame.lineno} ({frame.name})"
-    behind = [other for other in whereabouts.others() if other.words and other.beat < place.beat]
-    if waits and behind:
-        late = min(behind, key=lambda other: other.beat)
-        message = f"{late}: no progress for {time.time() - late.time:.0f} s, seen from rank {place.rank}, which waits for it. {rest}."
-    else:
-        what = ", perhaps waiting for another rank" if waits and place.ranks > 1 else ""
-        message = f"{place}: no progress for {time.time() - place.time:.0f} s; {stands}{what}. {rest}."
-    own = End(place.rank, place.pid, time.time(), 1, message, alone=True)
-    ends.leave(own)
-    for other in behind if waits else []:
+def _leave_if_in_vain(leave_word: Callable[[int, str], None]) -> None:
+    """End this process where another rank has ended: on a GPU nothing wakes a rank that waits for it, not even a SIGTERM."""
+    cause = ends.first(ends.left(whereabouts.shared_folder()))
+    if cause is not None and not cause.lost_peer:
+        os._exit(cause.code)  # and it has said so
+    if lost := ends.gone():
+        _say_and_leave(lost, "", leave_word, lost_peer=True)
+
+
+def _end(limit: float, stack: traceback.StackSummary, others: list[Place], leave_word: Callable[[int, str], None]) -> None:
+    """Say where this rank stands, or which of the `others` it waits for, and leave. Does not return."""
+    place, frame, now = whereabouts.here(), stack[-1], time.time()
+    dead = [other for other in others if now - other.alive > limit / 2]
+    late = dead or [other for other in others if other.beat < place.beat]
+    message = f"{place}: no progress for {now - place.time:.0f} s; it stands in {os.path.basename(frame.filename)}:{frame.lineno} ({frame.name})"
+    if late:
+        message = f"{late[0]}: no progress for {now - late[0].time:.0f} s; rank {place.rank} waits for it"
+    elif others:
+        message += ", perhaps waiting for another rank"
+    for other in dead:  # it does not run its own watchdog any more, nor does it hear a SIGTERM
         with contextlib.suppress(ProcessLookupError):
-            os.kill(other.pid, signal.SIGKILL)  # it does not run its own watchdog any more, nor would it hear a SIGTERM
+            os.kill(other.pid, signal.SIGKILL)
+    rest = f"training.step_timeout_seconds is {limit:g}: set it higher if this can take so long."
+    _say_and_leave(f"{message}. {rest}", f"the main thread stands here:\n{''.join(stack.format())}", leave_word)
+
+
+def _say_and_leave(message: str, text: str, leave_word: Callable[[int, str], None], lost_peer: bool = False) -> None:
+    place = whereabouts.here()
+    own = End(place.rank, place.pid, time.time(), 1, message, lost_peer, alone=True)
     try:
         if ends.settle(own) == own:
             leave_word(own.code, own.words)
-            say(own, f"the main thread stands here:\n{''.join(stack.format())}")
+            say(own, text)
     finally:
         os._exit(1)

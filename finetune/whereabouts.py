@@ -20,7 +20,7 @@ _MOST_ROWS = 16
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank's main thread does since `time` (Unix seconds); `beat` counts such entries."""
+    """What a rank's main thread does since `time` (Unix seconds); `beat` counts such entries. At `alive` its process last ran."""
 
     rank: int
     pid: int
@@ -28,7 +28,7 @@ class Place:
     beat: int = 0
     words: str = ""  # "": not in a run yet
     time: float = 0.0
-
+    alive: float = 0.0
     ranks: int = 1
     machines: int = 1
 
@@ -62,6 +62,11 @@ class _Record:
             os.pwrite(self.handle, json.dumps(asdict(self.place))[:_RECORD_BYTES].encode().ljust(_RECORD_BYTES), 0)
 
 
+    def touch(self) -> None:
+        if self.handle is not None:
+            os.utime(self.handle)
+
+
 _record: _Record | None = None
 
 
@@ -87,6 +92,12 @@ def here() -> Place:
     return _record.place
 
 
+def alive() -> None:
+    """This process runs, whatever its main thread does."""
+    if _record is not None:
+        _record.touch()
+
+
 def others() -> list[Place]:
     """What the other ranks of this launch on this machine last did."""
     folder = shared_folder()
@@ -98,7 +109,7 @@ def places(folder: Path) -> list[Place]:
     found = []
     for file in folder.glob("place-*.json"):
         try:
-            found.append(Place(**json.loads(file.read_text())))
+            found.append(replace(Place(**json.loads(file.read_text())), alive=file.stat().st_mtime))
         except ValueError:  # nothing written yet
             continue
     return sorted(found, key=lambda place: place.rank)
