@@ -1,6 +1,6 @@
-"""The trainer, whose rank 1 breaks in the first forward of a window, under any launcher; started by hand it is `finetune train --launch`.
+"""The trainer, whose rank 1 breaks in the first forward of a window, under any launcher; without one it is `finetune train --launch`.
 
-Arguments: how (raise, exit, hang, kill) window launch-file recipe overrides.
+Arguments: how (raise, exit, kill, hang, stop; deaf: it raises, and rank 0 hangs) window launch-file recipe overrides.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from finetune.exits import guarded, is_launched
 how, window, launch_file, *arguments = sys.argv[1:]
 
 
-def break_down() -> None:
-    if how == "raise":
+def break_down(rank: str) -> None:
+    while how == "hang" or how == "deaf" and rank == "0":
+        time.sleep(1)
+    if how in ("raise", "deaf"):
         raise RuntimeError("boom")
     if how == "exit":
         os._exit(7)
-    if how == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    while how == "hang":
-        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
 
 if is_launched():
@@ -41,8 +40,8 @@ if is_launched():
         seed(number, index, micro_batch, rank)
 
     def forward_and_break(self, batch):
-        if self.training and os.environ["RANK"] == "1" and now[0] + 1 == int(window):
-            break_down()
+        if self.training and (os.environ["RANK"] == "1" or how == "deaf") and now[0] + 1 == int(window):
+            break_down(os.environ["RANK"])
         return forward(self, batch)
 
     loop.seed_randomness, objectives.SummedLoss.forward = seed_and_remember, forward_and_break
