@@ -91,6 +91,8 @@ def settle(own: End) -> End:
             return own
         if not mine and not is_running(chosen.pid):
             return chosen
+        if folder is not None and not folder.is_dir():
+            return chosen  # the launcher has gone, and nobody listens
         if time.time() > own.time + (SETTLE_SECONDS if mine and own.lost_peer else GRACE_SECONDS):
             return chosen
         time.sleep(0.05)

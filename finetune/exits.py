@@ -27,6 +27,7 @@ def is_launched() -> bool:
 
 def guarded(body: Callable[[], None]) -> int:
     """Run `body`; returns the exit status. An expected end prints its message last; anything else keeps its traceback."""
+    whereabouts.here()  # the launcher and the other ranks know this process from now on
     try:
         body()
     except (Exception, KeyboardInterrupt) as error:

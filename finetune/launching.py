@@ -15,8 +15,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from finetune import ends, whereabouts
 from finetune.ends import End
 from finetune.errors import FinetuneError
@@ -121,20 +119,25 @@ def _run(command: list[str], environment: dict[str, str], stdout: int | None) ->
         start_new_session=True,  # a terminal's Ctrl-C is for this process alone: it ends launchers before their ranks have saved
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )  # fmt: skip
-    asked: list[psutil.Process] = []
+
+    def ranks() -> list[int]:
+        return [place.pid for place in whereabouts.places(Path(environment[SHARED_FOLDER])) if ends.is_running(place.pid)]
 
     def forward(number: int, frame: object) -> None:
-        ranks = _ranks_below(process.pid)
-        asked.extend(ranks)
-        for rank in ranks or [process]:
-            with contextlib.suppress(psutil.Error):
-                rank.send_signal(number)
+        pids = ranks()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if not pids:
+            process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = process.wait()
-        # who signals every process of a job ends the launcher, too, at once: the ranks that it leaves behind are saving
-        psutil.wait_procs(asked, timeout=SAVING_SECONDS)
+        # a launcher that was killed leaves its ranks behind, which save: what they say counts
+        deadline = time.monotonic() + SAVING_SECONDS
+        while ranks() and time.monotonic() < deadline:
+            time.sleep(0.1)
         return code
     finally:
         for number, old in before.items():
@@ -143,14 +146,3 @@ def _run(command: list[str], environment: dict[str, str], stdout: int | None) ->
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-
-def _ranks_below(pid: int) -> list[psutil.Process]:
-    """The processes of a launch that run train.py themselves: those whose own children do not; the launched process without one."""
-    try:
-        launched = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        trainers = [p for p in launched if any(part.endswith("train.py") for part in p.cmdline())]
-        parents = {p.ppid() for p in trainers}
-        return [p for p in trainers if p.pid not in parents]
-    except psutil.Error:
-        return []

@@ -54,7 +54,10 @@ class _Record:
         ranks, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         self.place = Place(int(os.environ.get("RANK", "0")), os.getpid(), socket.gethostname(), ranks=ranks, machines=max(1, ranks // local))
         folder = shared_folder()
-        self.handle = os.open(_file(folder, self.place.rank), os.O_WRONLY | os.O_CREAT, 0o644) if folder and folder.is_dir() else None
+        self.handle = None
+        if folder is not None and folder.is_dir():
+            self.handle = os.open(folder / f"place-{self.place.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+        self.move("")
 
     def move(self, words: str) -> None:
         self.place = replace(self.place, beat=self.place.beat + 1, words=words, time=time.time())
@@ -114,6 +117,3 @@ def places(folder: Path) -> list[Place]:
             continue
     return sorted(found, key=lambda place: place.rank)
 
-
-def _file(folder: Path, rank: int) -> Path:
-    return folder / f"place-{rank}.json"
