@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from finetune.errors import UserError
+from finetune.launch import Strategy
+from finetune.recipe import Loaded
+
 CGROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GIB = 2**30
+CLOSE = 0.85  # of the limit: the lower bound leaves out activations, buffers and the data
+LIBRARIES_BYTES = 200 * 2**20  # per process: Python, torch and transformers alone
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}  # per trained parameter
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,81 @@ def host_memory(root: Path = CGROUPS, own: Path = PROC) -> HostMemory:
             if place == base:
                 break
     return min(found, key=lambda memory: memory.limit_bytes)
+
+
+@dataclass(frozen=True)
+class Need:
+    """A lower bound of what one process keeps in host memory, bytes by what it is."""
+
+    parts: dict[str, float]
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        return " + ".join(f"{name} {size / GIB:.3g}" for name, size in self.parts.items() if size >= 0.005 * GIB)
+
+
+def host_need(loaded: Loaded, strategy: Strategy, parameters: int, export_dtype: str, use_cpu: bool) -> Need:
+    """What each process surely holds on the host, for a model of so many parameters; adapters count as nothing.
+
+    Weights are read on the host, whole by every process but under ZeRO-3, in float32 where they are trained. On the CPU, and of what
+    is offloaded, gradients and optimizer states stay there: float32, ZeRO's share of them. On a GPU the weights leave the host again.
+    """
+    recipe = loaded.recipe
+    trained = 0 if recipe.lora else parameters
+    stage, ranks = strategy.zero_stage, strategy.ranks
+    half = strategy.mixed_precision != "no" and strategy.engine == "deepspeed"
+    weight = (2 if half and stage == 3 else 4) if trained else DTYPE_BYTES[export_dtype]
+    if recipe.model.load_in_4bit:
+        weight = 0.5 if use_cpu else 0.0
+    weights = weight * parameters / (ranks if stage == 3 else 1)
+    if stage == 3 and not use_cpu and strategy.offload_param != "cpu":
+        weights = 0.0
+    keeps = "cpu" if use_cpu else strategy.offload_optimizer
+    moments = MOMENTS_BYTES[recipe.training.optim] * trained / (ranks if stage else 1) if keeps == "cpu" else 0.0
+    gradients = 4 * trained / (ranks if stage >= 2 or not use_cpu else 1) if keeps == "cpu" else 0.0
+    return Need({"libraries": LIBRARIES_BYTES, "weights": weights, "gradients": gradients, "optimizer": moments})
+
+
+def check_host(loaded: Loaded, strategy: Strategy, need: Need, say: Callable[[str], None], memory: HostMemory | None = None) -> None:
+    """Before weights are read: raises UserError where they cannot fit into host memory, and warns where it is close."""
+    memory = memory or host_memory()
+    local = max(1, strategy.ranks // strategy.machines)
+    total = need.total_bytes * local
+    if total < CLOSE * memory.limit_bytes:
+        return
+    key = "model.name_or_path"
+    text = (
+        f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}: this run keeps at least {total / GIB:.3g} GiB in host memory"
+        f" ({local} process{'es' * (local > 1)} x {need.total_bytes / GIB:.3g} GiB: {need}), and {memory} is what it may have."
+    )
+    changes = ["train adapters (a lora section)"] if loaded.recipe.lora is None else ["load_in_4bit with a GPU"]
+    if strategy.zero_stage < 3 and local > 1:
+        changes.append("share the weights between the ranks (accelerate_configs/zero3_offload.yaml)")
+    changes.append("a smaller model, more machines, or a higher memory limit")
+    advice = f" Change one of: {'; '.join(changes)}."
+    if total > memory.limit_bytes + psutil.swap_memory().total:
+        raise UserError(text + advice)
+    say(f"warning: {text} Activations and data come on top: it may be killed." + advice)
+
+
+def check_disk(loaded: Loaded, output_dir: Path, trained: int, export_bytes: int, say: Callable[[str], None],
+               free_bytes: int | None = None) -> None:  # fmt: skip
+    """Before training: raises UserError where not one checkpoint fits on the disk, and warns where fewer fit than asked for."""
+    place = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+    free = shutil.disk_usage(place).free if free_bytes is None else free_bytes
+    one = (4 + MOMENTS_BYTES[loaded.recipe.training.optim]) * trained
+    limit = loaded.recipe.checkpoint.save_total_limit
+    there = sum(file.stat().st_size for file in (output_dir / "checkpoints").rglob("*") if file.is_file())
+    wanted = (limit + 1) * one + export_bytes - there
+    where = f"{loaded.where('output_dir')}: output_dir {output_dir} has {free / GIB:.3g} GiB free"
+    if free < one:
+        raise UserError(f"{where}, and one checkpoint takes {one / GIB:.3g} GiB. Make room, or give an output_dir on another disk.")
+    if free < wanted:
+        say(f"warning: {where}, but checkpoint.save_total_limit {limit}, the next one before an older goes, and the model take"
+            f" {wanted / GIB:.3g} GiB: saves will fail. Make room, or lower checkpoint.save_total_limit.")  # fmt: skip
 
 
 def _read(file: Path) -> str:

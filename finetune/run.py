@@ -68,6 +68,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     from finetune.resume import begin, facts_of
 
     plan = prepare_plan(loaded, strategy, console.say)
+    _check_room(plan, output_dir, console)
     job = assemble(plan, console.say)
     if strategy.machines > 1 and not again and _finished(job, output_dir):
         console.say(f"{output_dir} holds a finished run: nothing to do. For another run give another output_dir.")
@@ -91,6 +92,18 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     job.engine.wait()
     _summarise(console, summary, output_dir)
     job.engine.close()
+
+
+def _check_room(plan, output_dir: Path, console) -> None:
+    """Host memory and disk, before weights are read. Raises UserError where either cannot be enough."""
+    from finetune import limits, model
+    from finetune.backend.probe import has_accelerator
+
+    loaded, parameters, dtype = plan.loaded, model.count_parameters(plan.loaded), plan.facts.export_dtype
+    trained = 0 if loaded.recipe.lora else parameters
+    need = limits.host_need(loaded, plan.strategy, parameters, dtype, use_cpu=not has_accelerator())
+    limits.check_host(loaded, plan.strategy, need, console.say)
+    limits.check_disk(loaded, output_dir, trained, trained * limits.DTYPE_BYTES[dtype], console.say)
 
 
 def _claim(output_dir: Path, console) -> None:
