@@ -21,6 +21,11 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}  # per trained parameter
 
 
+def gib(size: float) -> str:
+    """Bytes as a number of GiB, three digits or more."""
+    return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:.3g}"
+
+
 @dataclass(frozen=True)
 class HostMemory:
     """Bytes that the processes of this job may hold together, and who says so."""
@@ -29,7 +34,7 @@ class HostMemory:
     source: str
 
     def __str__(self) -> str:
-        return f"{self.limit_bytes / GIB:.3g} GiB ({self.source})"
+        return f"{gib(self.limit_bytes)} GiB ({self.source})"
 
 
 def host_memory(root: Path = CGROUPS, own: Path = PROC) -> HostMemory:
@@ -61,27 +66,28 @@ class Need:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        return " + ".join(f"{name} {size / GIB:.3g}" for name, size in self.parts.items() if size >= 0.005 * GIB)
+        return " + ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size >= 0.005 * GIB)
 
 
 def host_need(loaded: Loaded, strategy: Strategy, parameters: int, export_dtype: str, use_cpu: bool) -> Need:
     """What each process surely holds on the host, for a model of so many parameters; adapters count as nothing.
 
-    Weights are read on the host, whole by every process but under ZeRO-3, in float32 where they are trained. On the CPU, and of what
-    is offloaded, gradients and optimizer states stay there: float32, ZeRO's share of them. On a GPU the weights leave the host again.
+    Trained weights are read on the host, whole by every process but under ZeRO-3, and become float32; frozen ones in the checkpoint's
+    own type stay pages of its files, which the kernel can drop. On the CPU, and of what is offloaded, gradients and optimizer states
+    are there too: float32, ZeRO's share of them. On a GPU the weights leave the host again.
     """
     recipe = loaded.recipe
     trained = 0 if recipe.lora else parameters
     stage, ranks = strategy.zero_stage, strategy.ranks
-    half = strategy.mixed_precision != "no" and strategy.engine == "deepspeed"
-    weight = (2 if half and stage == 3 else 4) if trained else DTYPE_BYTES[export_dtype]
-    if recipe.model.load_in_4bit:
-        weight = 0.5 if use_cpu else 0.0
-    weights = weight * parameters / (ranks if stage == 3 else 1)
-    if stage == 3 and not use_cpu and strategy.offload_param != "cpu":
-        weights = 0.0
+    if stage == 3:  # zero.Init copies each rank's share, in the compute type
+        weights = parameters * (2 if strategy.mixed_precision != "no" else 4) / ranks if use_cpu or strategy.offload_param == "cpu" else 0.0
+    elif trained:
+        weights = 4.0 * trained if use_cpu or export_dtype != "float32" else 0.0
+    else:
+        weights = parameters / 2 if recipe.model.load_in_4bit and use_cpu else 0.0
     keeps = "cpu" if use_cpu else strategy.offload_optimizer
-    moments = MOMENTS_BYTES[recipe.training.optim] * trained / (ranks if stage else 1) if keeps == "cpu" else 0.0
+    states = MOMENTS_BYTES[recipe.training.optim] + (0 if use_cpu else 4)  # what is offloaded has its float32 copy there
+    moments = states * trained / (ranks if stage else 1) if keeps == "cpu" else 0.0
     gradients = 4 * trained / (ranks if stage >= 2 or not use_cpu else 1) if keeps == "cpu" else 0.0
     return Need({"libraries": LIBRARIES_BYTES, "weights": weights, "gradients": gradients, "optimizer": moments})
 
@@ -95,8 +101,8 @@ def check_host(loaded: Loaded, strategy: Strategy, need: Need, say: Callable[[st
         return
     key = "model.name_or_path"
     text = (
-        f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}: this run keeps at least {total / GIB:.3g} GiB in host memory"
-        f" ({local} process{'es' * (local > 1)} x {need.total_bytes / GIB:.3g} GiB: {need}), and {memory} is what it may have."
+        f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}: this run keeps at least {gib(total)} GiB in host memory"
+        f" ({local} process{'es' * (local > 1)} x {gib(need.total_bytes)} GiB: {need}), and {memory} is what it may have."
     )
     changes = ["train adapters (a lora section)"] if loaded.recipe.lora is None else ["load_in_4bit with a GPU"]
     if strategy.zero_stage < 3 and local > 1:
@@ -117,12 +123,12 @@ def check_disk(loaded: Loaded, output_dir: Path, trained: int, export_bytes: int
     limit = loaded.recipe.checkpoint.save_total_limit
     there = sum(file.stat().st_size for file in (output_dir / "checkpoints").rglob("*") if file.is_file())
     wanted = (limit + 1) * one + export_bytes - there
-    where = f"{loaded.where('output_dir')}: output_dir {output_dir} has {free / GIB:.3g} GiB free"
+    where = f"{loaded.where('output_dir')}: output_dir {output_dir} has {gib(free)} GiB free"
     if free < one:
-        raise UserError(f"{where}, and one checkpoint takes {one / GIB:.3g} GiB. Make room, or give an output_dir on another disk.")
+        raise UserError(f"{where}, and one checkpoint takes {gib(one)} GiB. Make room, or give an output_dir on another disk.")
     if free < wanted:
         say(f"warning: {where}, but checkpoint.save_total_limit {limit}, the next one before an older goes, and the model take"
-            f" {wanted / GIB:.3g} GiB: saves will fail. Make room, or lower checkpoint.save_total_limit.")  # fmt: skip
+            f" {gib(wanted)} GiB: saves will fail. Make room, or lower checkpoint.save_total_limit.")  # fmt: skip
 
 
 def _read(file: Path) -> str:

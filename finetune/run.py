@@ -65,11 +65,13 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     prepare_libraries(strategy.use_cpu, loaded.recipe.training.deterministic)
     from finetune.checkpoint import on_rank_0
     from finetune.job import assemble, prepare_plan  # torch is imported here: a wrong recipe has been answered by now
+    from finetune.out_of_memory import explained
     from finetune.resume import begin, facts_of
 
     plan = prepare_plan(loaded, strategy, console.say)
     _check_room(plan, output_dir, console)
-    job = assemble(plan, console.say)
+    with explained(plan):
+        job = assemble(plan, console.say)
     if strategy.machines > 1 and not again and _finished(job, output_dir):
         console.say(f"{output_dir} holds a finished run: nothing to do. For another run give another output_dir.")
         return
@@ -82,7 +84,8 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     files = RunFiles(output_dir, job.engine.rank == 0, _document(job) | {"resumed_from_step": progress.position.step or None})
     files.start(loaded.dump(), progress.position.window, [step for step, _ in progress.evaluations])
     try:
-        summary = _train_and_export(job, files, console, facts, progress)
+        with explained(plan, job.engine):
+            summary = _train_and_export(job, files, console, facts, progress)
     except BaseException as error:  # however it ends, run.json says so; then it goes on its way
         console.end_bar()
         end = exits.settle(error)[1]

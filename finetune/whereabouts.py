@@ -64,7 +64,6 @@ class _Record:
         if self.handle is not None:
             os.pwrite(self.handle, json.dumps(asdict(self.place))[:_RECORD_BYTES].encode().ljust(_RECORD_BYTES), 0)
 
-
     def touch(self) -> None:
         if self.handle is not None:
             os.utime(self.handle)
@@ -73,12 +72,12 @@ class _Record:
 _record: _Record | None = None
 
 
-def at(words: str, rows: Sequence[int] | None = None) -> None:
-    """From now on this process does what `words` say, with these rows of the data. Some microseconds."""
+def at(words: str, rows: Sequence[int] | None = None, shape: Sequence[int] = ()) -> None:
+    """From now on this process does what `words` say, with these rows of the data as a batch of this shape. Some microseconds."""
     global _record
     _record = _record or _Record()
     if rows is not None:
-        words += f", {row_words(rows)}"
+        words += f", {row_words(rows)} ({' x '.join(map(str, shape))} tokens)"
     _record.move(words)
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 BROKEN = ROOT / "tests/launched/broken_train.py"
 WINDOW = 3
-PLACE = rf"rank 1, window {WINDOW} \(after step {WINDOW - 1}\), micro-batch 1 of 2, rows \d+, \d+"
+PLACE = rf"rank 1, window {WINDOW} \(after step {WINDOW - 1}\), micro-batch 1 of 2, rows \d+, \d+ \(2 x \d+ tokens\)"
 TIMEOUT_SECONDS = 4
 NO_PROGRESS = PLACE + r": no progress for \d+ s; "
 
