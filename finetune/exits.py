@@ -74,7 +74,7 @@ def say(end: End, text: str = "") -> None:
     `finetune train` prints them itself at its end.
     """
     if text:
-        print(f"[rank {end.rank}] {text.strip()}" if end.rank else text.strip(), file=sys.stderr, flush=True)
+        print(f"\n[rank {end.rank}] {text.strip()}" if end.rank else text.strip(), file=sys.stderr, flush=True)
     write_status(end.code, end.words)
     if whereabouts.SHARED_FOLDER not in os.environ and text.strip().splitlines()[-1:] != [end.words]:
         print(end.words, file=sys.stderr, flush=True)

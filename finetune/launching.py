@@ -20,7 +20,7 @@ from finetune.ends import End
 from finetune.errors import FinetuneError
 from finetune.exits import REPORT_FILE
 from finetune.launch import Strategy
-from finetune.limits import host_memory
+from finetune.limits import host_memory, kills_for_memory
 from finetune.preflight import first_stage
 from finetune.stopping import PR_SET_PDEATHSIG
 from finetune.whereabouts import SHARED_FOLDER
@@ -79,16 +79,23 @@ def _launch(strategy: Strategy, launch_file: str | None, program: list[str], ext
         environment = dict(os.environ) | {SHARED_FOLDER: folder, "PYTHONPATH": os.pathsep.join(above)} | extra_environment
         environment["FINETUNE_REQUESTED_PROCESSES"] = str(strategy.ranks)
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))  # torchrun's own 30 s are no save
+        kills = kills_for_memory()
         code = _run(command, environment, stdout)
-        end = ends.first([*ends.left(Path(folder)), *_deaths(Path(folder), code if launch_file is None else 0)])
+        deaths = _deaths(Path(folder), code if launch_file is None else 0, kills_for_memory() > kills)
+        end = ends.first([*ends.left(Path(folder)), *deaths])
+    if end in deaths:
+        print(file=sys.stderr)  # it may have left a progress bar in the middle of a line
     if end is not None:
         raise LaunchedRunFailed(end.code, end.words)
     if code:
         raise LaunchedRunFailed(code if code > 0 else 128 - code, f"the launched process ended with status {code} and no message")
 
 
-def _deaths(folder: Path, status: int) -> list[End]:
-    """The ranks that ended without a word of their own; `status` is that of the only process, where there is no launcher."""
+def _deaths(folder: Path, status: int, for_memory: bool) -> list[End]:
+    """The ranks that ended without a word of their own; `status` is that of the only process, where there is no launcher.
+
+    `for_memory` says that the kernel has killed something for want of memory in the meantime.
+    """
     said = {end.rank for end in ends.left(folder)}
     places = {place.rank: place for place in whereabouts.places(folder)}
     died = [json.loads(file.read_text()) for file in folder.glob("died-*.json")]
@@ -103,7 +110,8 @@ def _deaths(folder: Path, status: int) -> list[End]:
         if status < 0:
             message = f"{places.get(rank) or f'rank {rank}'}: killed by {_signal_name(-status)}"
         if status == -signal.SIGKILL:
-            message += f", from outside; perhaps for want of host memory, of which there is {host_memory()}"
+            why = "probably" if for_memory else "perhaps"  # probably: the kernel did so, to some process of this machine
+            message += f", {why} for want of host memory, of which it may have {host_memory()}"
         found.append(End(rank, death["pid"], death["time"], status if status > 0 else 128 - status, message + ".", alone=True))
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +55,12 @@ def host_memory(root: Path = CGROUPS, own: Path = PROC) -> HostMemory:
             if place == base:
                 break
     return min(found, key=lambda memory: memory.limit_bytes)
+
+
+def kills_for_memory(file: Path = Path("/proc/vmstat")) -> int:
+    """How often the kernel of this machine has killed a process for want of memory, in any control group; 0 where it does not say."""
+    found = [line.split()[1] for line in _read(file).splitlines() if line.startswith("oom_kill ")]
+    return int(found[0]) if found else 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def check_disk(loaded: Loaded, output_dir: Path, trained: int, export_bytes: int
     free = shutil.disk_usage(place).free if free_bytes is None else free_bytes
     one = (4 + MOMENTS_BYTES[loaded.recipe.training.optim]) * trained
     limit = loaded.recipe.checkpoint.save_total_limit
-    there = sum(file.stat().st_size for file in (output_dir / "checkpoints").rglob("*") if file.is_file())
+    there = _bytes_below(output_dir / "checkpoints")
     wanted = (limit + 1) * one + export_bytes - there
     where = f"{loaded.where('output_dir')}: output_dir {output_dir} has {gib(free)} GiB free"
     if free < one:
@@ -136,3 +144,12 @@ def _read(file: Path) -> str:
         return file.read_text().strip()
     except OSError:
         return ""
+
+
+def _bytes_below(folder: Path) -> int:
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # another run may be pruning there, and will be found out later
+                found += os.stat(os.path.join(parent, name)).st_size
+    return found

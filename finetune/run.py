@@ -36,6 +36,7 @@ def run_rank(argv: Sequence[str]) -> None:
 
     code = guarded(body)
     if code and is_launched():
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # the interpreter's own end may wait for ranks that wait for this one
     sys.exit(code)
