@@ -122,7 +122,7 @@ def test_out_of_memory_is_one_message_with_the_smallest_change(small, tmp_path):
                env={"FINETUNE_CACHE": str(tmp_path / "cache")})  # fmt: skip
     assert done.returncode == 2, done.stderr[-3000:]
     last = done.stderr.rstrip().splitlines()[-1]
-    assert re.match(r"window 1 \(after step 0\), micro-batch 1 of 1, rows [\d, .]+ \(64 x 64 tokens\): out of host memory allocating \d.* MiB\.", last)
+    assert re.match(r"window 1 \(after step 0\), micro-batch 1 of 1, rows [\d, .]+ \(64 x 64 tokens\): out of host memory allocating \d.* [KM]iB\.", last)
     assert re.search(r"holds parameters 128\.6 KiB, gradients \d.*, optimizer states 0 B, everything else \d", last)
     assert last.endswith("Set training.per_device_train_batch_size to 32: 32 rows x K=2 x 1 rank = 64 rows per step as before, the same update.")
     assert "Traceback" not in done.stderr
