@@ -11,6 +11,7 @@ class FinetuneError(Exception):
     """A run that ends with a message instead of a traceback. `exit_code` is the process's exit status."""
 
     exit_code = 1
+    alone = False  # whether this rank alone is in trouble: what all ranks meet is rank 0's to say
 
 
 class UserError(FinetuneError):
@@ -24,6 +25,12 @@ class UserError(FinetuneError):
     def __init__(self, messages: str | Sequence[str]):
         self.messages = (messages,) if isinstance(messages, str) else tuple(messages)
         super().__init__("\n".join(self.messages))
+
+
+class OutOfMemory(UserError):
+    """This rank's device or host has no memory left."""
+
+    alone = True
 
 
 class StopRequested(FinetuneError):

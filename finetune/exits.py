@@ -8,13 +8,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
-from finetune import redact
+from finetune import ends, redact, whereabouts
+from finetune.ends import End
 from finetune.errors import FinetuneError
 
-STATUS_FILE = "FINETUNE_STATUS_FILE"  # environment variable: where rank 0 leaves its exit status and message
+STATUS_FILE = "FINETUNE_STATUS_FILE"  # environment variable: where the first to fail leaves its exit status and message
 REPORT_FILE = "FINETUNE_REPORT_FILE"  # environment variable: where a launched command leaves what its launcher shall print
-GRACE_SECONDS = 10.0
 INTERRUPTED = 130  # Ctrl-C: the shell's own convention, 128 + SIGINT
 
 
@@ -26,40 +27,64 @@ def is_launched() -> bool:
 
 def guarded(body: Callable[[], None]) -> int:
     """Run `body`; returns the exit status. An expected end prints its message last; anything else keeps its traceback."""
+    whereabouts.here()  # the launcher and the other ranks know this process from now on
     try:
         body()
-    except FinetuneError as error:
-        return end_with(error.exit_code, str(error))
-    except KeyboardInterrupt:
-        return end_with(INTERRUPTED, "interrupted")
-    except Exception:  # noqa: BLE001 - a bug: its traceback is the message
-        text = traceback.format_exc().strip()
-        return end_with(1, text, for_launcher=text.splitlines()[-1])
+    except (Exception, KeyboardInterrupt) as error:
+        own, stands = settle(error)
+        if stands.rank == own.rank:
+            a_bug = not isinstance(error, (FinetuneError, KeyboardInterrupt)) and stands == own
+            say(stands, "".join(traceback.format_exception(error)) if a_bug else "")
+        return own.code
     write_status(0, "")
     return 0
 
 
-def end_with(code: int, message: str, for_launcher: str = "") -> int:
-    """Print `message` as this process's last words and return `code`.
+def settle(error: BaseException) -> tuple[End, End]:
+    """(this rank's end by `error`, the end of the launch: this one, or an earlier one of another rank).
 
-    Every rank meets the same bad input, and the others meet a broken connection when only rank 0 does. Rank 0 says what is
-    wrong; the others give it time, because the launcher kills all ranks as soon as one has left, and speak up only when
-    they are still alive, which means that rank 0 has no problem.
+    Every rank meets the same bad input, and the others meet a broken connection when only one rank fails: ends.py says whose
+    words stand, and waits for them. A second call does not wait again.
     """
-    message, for_launcher = redact.text(message), redact.text(for_launcher)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank != 0:
-        time.sleep(GRACE_SECONDS)
-        message = f"[rank {rank}] {message}"
-    write_status(code, for_launcher or message)
-    print(message, file=sys.stderr, flush=True)
-    return code
+    own = getattr(error, "end", None) or _end_of(error)
+    error.end = own
+    stands = ends.settle(own)
+    if stands == own and own.lost_peer and (lost := ends.gone()):
+        stands = replace(own, message=lost)
+    return own, stands
+
+
+def _end_of(error: BaseException) -> End:
+    place = whereabouts.here()
+    code, lost, alone = getattr(error, "exit_code", 1), False, getattr(error, "alone", False)
+    if isinstance(error, FinetuneError):
+        message = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, message = INTERRUPTED, "interrupted"
+    else:
+        lost, alone = ends.is_lost_peer(error), bool(place.words)
+        first_line = next(iter(str(error).splitlines()), "")
+        message = f"{type(error).__name__}: {first_line}" + (f" ({place})" if place.words else "")
+    return End(place.rank, place.pid, time.time(), code, redact.text(message), lost, alone)
+
+
+def say(end: End, text: str = "") -> None:
+    """Print the words that stand as this process's last ones, after the `text` of a traceback.
+
+    `finetune train` prints them itself at its end.
+    """
+    text = redact.text(text)
+    if text:
+        print(f"\n[rank {end.rank}] {text.strip()}" if end.rank else text.strip(), file=sys.stderr, flush=True)
+    write_status(end.code, end.words)
+    if whereabouts.SHARED_FOLDER not in os.environ and text.strip().splitlines()[-1:] != [end.words]:
+        print(end.words, file=sys.stderr, flush=True)
 
 
 def write_status(code: int, message: str) -> None:
-    """Leave exit status and message for `finetune train`, which handed over the file's path. Rank 0's word stands."""
+    """Leave exit status and message in the file that STATUS_FILE names. The first cause stands; of success rank 0 tells."""
     path = os.environ.get(STATUS_FILE)
-    if path and (os.environ.get("RANK", "0") == "0" or code and not os.path.exists(path)):
+    if path and (code or os.environ.get("RANK", "0") == "0"):
         temporary = f"{path}.{os.getpid()}"
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump({"exit_code": code, "message": message}, file)

@@ -19,6 +19,7 @@ from finetune.loop import StepResult, evaluate, row_list, train
 from finetune.report.console import Console
 from finetune.report.files import RunFiles
 from finetune.stopping import SAVE_FILE, Wishes
+from finetune.whereabouts import at
 from finetune.windows import Position
 
 CHECKPOINTS = "checkpoints"
@@ -98,6 +99,7 @@ def _spike(job: Job, progress: Progress, before: Sequence[Position]) -> str:
 
 
 def _save(job: Job, root: Path, progress: Progress, facts: dict) -> str:
+    at(f"saving step {progress.position.step}")
     section = job.plan.loaded.recipe.checkpoint
     needed = checkpoint.BYTES_PER_TRAINED_PARAMETER * job.description["trained_parameters"]
     return checkpoint.save(job.engine, root, progress, facts, section.save_total_limit, section.keep_best, needed)

@@ -21,6 +21,7 @@ from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
 from finetune.recipe import Loaded
 from finetune.schedule import Schedule, batch_schedule, lr_scaling, warmup_steps_of
+from finetune.watchdog import longer
 from finetune.windows import BatchPlan, Position, Window, deal, epoch_rows, next_window, planned_windows, stream_window
 
 
@@ -88,8 +89,11 @@ class Job:
 
     def micro_batches(self, window: Window) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of a window, on the host; equally many on every rank, some perhaps empty."""
-        share = deal(window.rows, self.engine.ranks, self.batch.per_device_rows)[self.engine.rank]
-        return [self.collate(self.train_rows, rows) for rows in share]
+        return [self.collate(self.train_rows, rows) for rows in self.share(window)]
+
+    def share(self, window: Window) -> list[tuple[int, ...]]:
+        """The rows of this rank's micro-batches of a window."""
+        return deal(window.rows, self.engine.ranks, self.batch.per_device_rows)[self.engine.rank]
 
     def collate(self, source: TokenRows | StreamRows, rows: tuple[int, ...]) -> dict[str, Tensor]:
         """One micro-batch (rows, tokens) of these rows of a source; an empty one for no rows."""
@@ -156,7 +160,8 @@ def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
 def assemble(plan: Plan, say: Callable[[str], None]) -> Job:
     """Check the engine's scale, start it, load the model, build the optimizer, prepare. A collective. Raises UserError."""
     most_steps = plan.batch.steps(plan.schedule.batch.largest_rows)
-    settings = (plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, say)
+    patience = longer(longer(plan.loaded.recipe.training.step_timeout_seconds))
+    settings = (plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, say, patience)
     scale_check = check_scale(*settings)
     engine = backend_engine.start(*settings)
     network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)

@@ -18,7 +18,7 @@ _FLAGS = frozenset(
     "standalone run_path virtual_local_rank".split()
 )
 _ACCELERATE_SCRIPTS = frozenset({"accelerate-launch", "accelerate-launch.exe"})
-_ACCELERATE_MODULES = frozenset({"accelerate.commands.launch"})
+_ACCELERATE_MODULES = frozenset({"accelerate.commands.launch", "finetune.launcher"})
 _TORCH_SCRIPTS = frozenset({"torchrun", "torchrun.exe"})
 _TORCH_MODULES = frozenset({"torch.distributed.run", "torch.distributed.launch"})
 

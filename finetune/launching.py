@@ -11,16 +11,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
+from finetune import ends, whereabouts
+from finetune.ends import End
 from finetune.errors import FinetuneError
-from finetune.exits import REPORT_FILE, STATUS_FILE
+from finetune.exits import REPORT_FILE
 from finetune.launch import Strategy
+from finetune.limits import host_memory, kills_for_memory
 from finetune.preflight import first_stage
 from finetune.stopping import PR_SET_PDEATHSIG
+from finetune.whereabouts import SHARED_FOLDER
 
 SAVING_SECONDS = 600  # how long torchrun waits for ranks that were asked to stop before it kills them
 
@@ -50,11 +53,9 @@ def launch_verify(recipe_path: str, overrides: Sequence[str], launch_file: str, 
     """Check recipe and launch file, launch the verification, print its report. Raises FinetuneError with its status."""
     strategy = first_stage(recipe_path, overrides, launch_file).strategy
     options = ["--full"] * full + ["--json"] * as_json
-    # -m finds the package in an uninstalled checkout too
-    above = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         report = Path(folder) / "report"
-        extra = {"PYTHONPATH": os.pathsep.join(above), REPORT_FILE: str(report)}
+        extra = {REPORT_FILE: str(report)}
         try:
             # the launcher, too, imports DeepSpeed, which prints to stdout: only the report belongs there
             _launch(strategy, launch_file, ["-m", "finetune", "verify", recipe_path, *overrides, *options], extra, stdout=2)
@@ -68,21 +69,55 @@ def _launch(strategy: Strategy, launch_file: str | None, program: list[str], ext
     if launch_file is None:
         command = [sys.executable, *program]
     else:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch_file]
+        command = [sys.executable, "-m", "finetune.launcher", "--config_file", launch_file]
         if strategy.ranks > 1 and strategy.machines == 1:
             command += ["--main_process_port", str(free_port())]  # 29500, the default, is everybody's
         command += program
-    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
-        status_file = Path(folder) / "status.json"
-        environment = dict(os.environ) | {STATUS_FILE: str(status_file)} | extra_environment
+    # -m finds the package in an uninstalled checkout too
+    above = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as folder:
+        environment = dict(os.environ) | {SHARED_FOLDER: folder, "PYTHONPATH": os.pathsep.join(above)} | extra_environment
         environment["FINETUNE_REQUESTED_PROCESSES"] = str(strategy.ranks)
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))  # torchrun's own 30 s are no save
+        kills = kills_for_memory()
         code = _run(command, environment, stdout)
-        status = json.loads(status_file.read_text()) if status_file.exists() else None
-    if status is not None and status["exit_code"]:
-        raise LaunchedRunFailed(status["exit_code"], status["message"])
+        deaths = _deaths(Path(folder), code if launch_file is None else 0, kills_for_memory() > kills)
+        end = ends.first([*ends.left(Path(folder)), *deaths])
+    if end in deaths:
+        print(file=sys.stderr)  # it may have left a progress bar in the middle of a line
+    if end is not None:
+        raise LaunchedRunFailed(end.code, end.words)
     if code:
         raise LaunchedRunFailed(code if code > 0 else 128 - code, f"the launched process ended with status {code} and no message")
+
+
+def _deaths(folder: Path, status: int, for_memory: bool) -> list[End]:
+    """The ranks that ended without a word of their own; `status` is that of the only process, where there is no launcher.
+
+    `for_memory` says that the kernel has killed something for want of memory in the meantime.
+    """
+    said = {end.rank for end in ends.left(folder)}
+    places = {place.rank: place for place in whereabouts.places(folder)}
+    died = [json.loads(file.read_text()) for file in folder.glob("died-*.json")]
+    if status:
+        died.append({"rank": 0, "pid": 0, "status": status, "time": time.time()})
+    found = []
+    for death in died:
+        rank, status = death["rank"], death["status"]
+        if rank in said:
+            continue
+        message = f"{places.get(rank) or f'rank {rank}'}: ended with status {status} without a word"
+        if status < 0:
+            message = f"{places.get(rank) or f'rank {rank}'}: killed by {_signal_name(-status)}"
+        if status == -signal.SIGKILL:
+            why = "probably" if for_memory else "perhaps"  # probably: the kernel did so, to some process of this machine
+            message += f", {why} for want of host memory, of which it may have {host_memory()}"
+        found.append(End(rank, death["pid"], death["time"], status if status > 0 else 128 - status, message + ".", alone=True))
+    return found
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _run(command: list[str], environment: dict[str, str], stdout: int | None) -> int:
@@ -92,20 +127,25 @@ def _run(command: list[str], environment: dict[str, str], stdout: int | None) ->
         start_new_session=True,  # a terminal's Ctrl-C is for this process alone: it ends launchers before their ranks have saved
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )  # fmt: skip
-    asked: list[psutil.Process] = []
+
+    def ranks() -> list[int]:
+        return [place.pid for place in whereabouts.places(Path(environment[SHARED_FOLDER])) if ends.is_running(place.pid)]
 
     def forward(number: int, frame: object) -> None:
-        ranks = _ranks_below(process.pid)
-        asked.extend(ranks)
-        for rank in ranks or [process]:
-            with contextlib.suppress(psutil.Error):
-                rank.send_signal(number)
+        pids = ranks()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if not pids:
+            process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = process.wait()
-        # who signals every process of a job ends the launcher, too, at once: the ranks that it leaves behind are saving
-        psutil.wait_procs(asked, timeout=SAVING_SECONDS)
+        # a launcher that was killed leaves its ranks behind, which save: what they say counts
+        deadline = time.monotonic() + SAVING_SECONDS
+        while ranks() and time.monotonic() < deadline:
+            time.sleep(0.1)
         return code
     finally:
         for number, old in before.items():
@@ -114,14 +154,3 @@ def _run(command: list[str], environment: dict[str, str], stdout: int | None) ->
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-
-def _ranks_below(pid: int) -> list[psutil.Process]:
-    """The processes of a launch that run train.py themselves: those whose own children do not; the launched process without one."""
-    try:
-        launched = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        trainers = [p for p in launched if any(part.endswith("train.py") for part in p.cmdline())]
-        parents = {p.ppid() for p in trainers}
-        return [p for p in trainers if p.pid not in parents]
-    except psutil.Error:
-        return []

@@ -17,6 +17,7 @@ from finetune.job import Job
 from finetune.objectives import trained_tokens
 from finetune.noise_scale import NoiseState
 from finetune.stopping import Wishes
+from finetune.whereabouts import at
 from finetune.windows import Position, Window, deal
 
 SKIPPED_IN_A_ROW = 3  # windows whose gradient is not finite: a bad row is one, weights that left the numbers do not come back
@@ -71,7 +72,9 @@ def train_window(job: Job, window: Window, position: Position, wishes: Callable[
     engine.set_lr(learning_rate)
     watch = engine.watch_gradients(tokens) if job.measures_noise(window) else None
     summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for k, micro_batch in enumerate(micro_batches):
+    for k, (rows, micro_batch) in enumerate(zip(job.share(window), micro_batches, strict=True)):
+        at(f"window {window.index + 1} (after step {position.step}), micro-batch {k + 1} of {len(micro_batches)}", rows,
+           micro_batch["input_ids"].shape)  # fmt: skip
         seed_randomness(job.seed, window.index, k, engine.rank)
         summed_loss += engine.micro_step(micro_batch, denominator=tokens, last=k == len(micro_batches) - 1)
         if watch:
@@ -129,6 +132,7 @@ def evaluate(job: Job) -> float:
     with engine.evaluating():
         for rows in deal(range(len(job.evaluation_rows)), engine.ranks, job.batch.per_device_rows)[engine.rank]:
             batch = job.collate(job.evaluation_rows, rows)  # padded with empty micro-batches to the same number per rank
+            at("evaluation", rows, batch["input_ids"].shape)
             summed_loss += engine.summed_loss(batch)
             tokens += trained_tokens(batch)
     total_loss, total_tokens = engine.total(summed_loss, tokens)

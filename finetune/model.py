@@ -57,6 +57,20 @@ def facts(loaded: Loaded) -> ModelFacts:
     )
 
 
+def count_parameters(loaded: Loaded) -> int:
+    """Parameters of the model that the config describes, without reading weights; 0 where its class cannot be built that way."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    section = loaded.recipe.model
+    try:
+        with optional_packages(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(section.name_or_path, **_source(loaded))
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, RuntimeError, NotImplementedError):
+        return 0  # loading it says what is wrong, if anything is
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def _source(loaded: Loaded) -> dict:
     """What every from_pretrained call of a recipe says besides the name."""
     section = loaded.recipe.model

@@ -175,6 +175,8 @@ class TrainingSection(Section):
     """Only kernels that give the same bits every time: slower on a GPU, and an operation that has none ends the run with its name."""
     stop_on_loss_spike: bool = True
     """End the run with status 4 when the losses of three steps in a row are far above those before (finetune/spikes.py: the rule)."""
+    step_timeout_seconds: float = Field(1800.0, ge=0)
+    """End the run, naming the rank, when one makes no progress (a micro-batch, an evaluation batch, a save) for so long; 0 waits on."""
     seed: int = Field(42, ge=0, le=2**32 - 1)
     """Decides row order, dropout, adapter initialisation and the held-out rows."""
 

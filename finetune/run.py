@@ -11,16 +11,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune import launch, recipe, redact
+from finetune import exits, launch, recipe, redact
 from finetune.backend.parents import check_ranks_asked_for, launched_by
 from finetune.errors import StopRequested, UserError
-from finetune.exits import INTERRUPTED, guarded, is_launched
+from finetune.exits import guarded, is_launched
 from finetune.launch import Strategy
 from finetune.output_folder import refuse_links_out
 from finetune.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.recipe import Loaded
 from finetune.run_lock import acquire
 from finetune.stopping import STOP_FILE, follow_launcher, listening
+from finetune.watchdog import watching
+from finetune.whereabouts import at
 
 
 
@@ -33,7 +35,12 @@ def run_rank(argv: Sequence[str]) -> None:
                             " launch finetune/train.py recipe.yaml [key=value ...]")  # fmt: skip
         train_in_place(argv[0], list(argv[1:]))
 
-    sys.exit(guarded(body))
+    code = guarded(body)
+    if code and is_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the interpreter's own end may wait for ranks that wait for this one
+    sys.exit(code)
 
 
 def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
@@ -61,10 +68,13 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     prepare_libraries(strategy.use_cpu, loaded.recipe.training.deterministic)
     from finetune.checkpoint import on_rank_0
     from finetune.job import assemble, prepare_plan  # torch is imported here: a wrong recipe has been answered by now
+    from finetune.out_of_memory import explained
     from finetune.resume import begin, facts_of
 
     plan = prepare_plan(loaded, strategy, console.say)
-    job = assemble(plan, console.say)
+    _check_room(plan, output_dir, console)
+    with explained(plan):
+        job = assemble(plan, console.say)
     if strategy.machines > 1 and not again and _finished(job, output_dir):
         console.say(f"{output_dir} holds a finished run: nothing to do. For another run give another output_dir.")
         return
@@ -79,12 +89,12 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     files = RunFiles(output_dir, job.engine.rank == 0, document, also=trackers.log)
     files.start(loaded.dump(), progress.position.window, [step for step, _ in progress.evaluations])
     try:
-        summary = _train_and_export(job, files, console, facts, progress)
+        with explained(plan, job.engine):
+            summary = _train_and_export(job, files, console, facts, progress)
     except BaseException as error:  # however it ends, run.json says so; then it goes on its way
         console.end_bar()
-        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-        status = "stopped" if isinstance(error, StopRequested) else "failed"
-        files.update(status=status, exit_code=code, message=str(error))
+        end = exits.settle(error)[1]
+        files.update(status="stopped" if end.code == StopRequested.exit_code else "failed", exit_code=end.code, message=end.message)
         raise
     finally:
         trackers.finish()
@@ -92,6 +102,18 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     job.engine.wait()
     _summarise(console, summary, output_dir)
     job.engine.close()
+
+
+def _check_room(plan, output_dir: Path, console) -> None:
+    """Host memory and disk, before weights are read. Raises UserError where either cannot be enough."""
+    from finetune import limits, model
+    from finetune.backend.probe import has_accelerator
+
+    loaded, parameters, dtype = plan.loaded, model.count_parameters(plan.loaded), plan.facts.export_dtype
+    trained = 0 if loaded.recipe.lora else parameters
+    need = limits.host_need(loaded, plan.strategy, parameters, dtype, use_cpu=not has_accelerator())
+    limits.check_host(loaded, plan.strategy, need, console.say)
+    limits.check_disk(loaded, output_dir, trained, trained * limits.DTYPE_BYTES[dtype], console.say)
 
 
 def _claim(output_dir: Path, console) -> None:
@@ -124,8 +146,13 @@ def _train_and_export(job, files, console, facts: dict, progress) -> dict:
     from finetune.follow import follow, summary_of
 
     model_dir = files.output_dir / "model"
-    with listening(files.output_dir) as wishes:
+    seconds = job.plan.loaded.recipe.training.step_timeout_seconds
+    with (
+        listening(files.output_dir) as wishes,
+        watching(seconds, lambda code, message: files.update(status="failed", exit_code=code, message=message)),
+    ):
         progress = follow(job, files, console, progress, facts, wishes)
+        at("writing the model")
         console.say("writing the model ...")
         export_model(job.engine, job.plan.tokenizer, job.plan.facts.export_dtype, model_dir)
     return summary_of(job, progress, model_dir)

@@ -9,11 +9,16 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from finetune import ends, whereabouts
+from finetune.ends import End
+from finetune.exits import say
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"  # in the output folder
 EXTRA_STOP_FILE = "FINETUNE_STOP_FILE"  # environment variable: a second place for STOP, for launch scripts that know no recipe
@@ -44,21 +49,34 @@ def listening(output_dir: Path) -> Iterator[Callable[[], Wishes]]:
     """Within it SIGTERM, SIGINT and SIGUSR1 ask for a stop, and so does a file output_dir/STOP; output_dir/SAVE asks for a checkpoint.
 
     A second SIGTERM or SIGINT, two seconds after the first signal or later, ends the process at once. Yields what tells the wishes so
-    far. The signals are as they were afterwards.
+    far. The signals are as they were afterwards; where an error ends the run they stay, for the launcher asks all ranks to go when one
+    has, and this one may still have to say why.
     """
     stop_files = [output_dir / STOP_FILE, *(Path(path) for path in [os.environ.get(EXTRA_STOP_FILE)] if path)]
-    asked: list[float] = []
+    asked: list[int] = []  # and nothing else: where the terminal has gone, a word would be an error in the middle of a step
+    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT, LAUNCHER_DIED)}
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    wakeup = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_the_second, args=(heard,), name="second signal", daemon=True).start()
+    yield lambda: Wishes(bool(asked) or any(file.exists() for file in stop_files), (output_dir / SAVE_FILE).exists())
+    signal.set_wakeup_fd(wakeup)
+    os.close(tell)
+    for number, old in before.items():
+        signal.signal(number, old)
 
-    def handler(number: int, frame: object) -> None:
+
+def _end_at_the_second(heard: int) -> None:
+    """A thread, because the main thread runs no handler while it waits for another rank, which may be for ever."""
+    first = None
+    while number := int.from_bytes(os.read(heard, 1), "big"):
         now = time.monotonic()
-        if asked and number != LAUNCHER_DIED and now - asked[0] > SECOND_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        asked.append(now)  # and nothing else: where the terminal has gone, a word would be an error in the middle of a step
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, LAUNCHER_DIED)}
-    try:
-        yield lambda: Wishes(bool(asked) or any(file.exists() for file in stop_files), (output_dir / SAVE_FILE).exists())
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        first = first or now
+        if number in (signal.SIGTERM, signal.SIGINT) and now - first > SECOND_SECONDS:
+            place = whereabouts.here()
+            message = f"stopped at once by a second {signal.Signals(number).name}. The same command goes on from the newest checkpoint."
+            end = End(place.rank, place.pid, time.time(), 128 + number, message)
+            ends.leave(end)
+            say(end)
+            os._exit(end.code)
+    os.close(heard)

@@ -19,6 +19,8 @@ from launch_support import CONFIGS, ROOT, TRAIN, environment
 from tiny_models import small_recipe
 
 from finetune.launching import free_port
+from finetune.snapshots import newest
+from finetune.stopping import SECOND_SECONDS
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +58,10 @@ WAYS: dict[str, tuple[list[str], Callable[[Started], object]]] = {
     "SIGTERM to accelerate launch, two ranks": (accelerate_launch("cpu_2_ranks.yaml"), lambda run: run.process.terminate()),
     "SIGKILL to accelerate launch, two ranks": (accelerate_launch("cpu_2_ranks.yaml"), lambda run: run.process.kill()),
     "SIGUSR1 to one of two ranks": (finetune_train("cpu_2_ranks.yaml"), lambda run: run.ranks[1].send_signal(signal.SIGUSR1)),
+    "SIGTERM to one of two ranks": (finetune_train("cpu_2_ranks.yaml"), lambda run: run.ranks[0].terminate()),
+    "SIGTERM to the launcher below finetune train": (finetune_train("cpu_2_ranks.yaml"), lambda run: run.below[0].terminate()),
+    "SIGKILL to the launcher below finetune train": (finetune_train("cpu_2_ranks.yaml"), lambda run: run.below[0].kill()),
+    "SIGKILL to finetune train": (finetune_train("cpu_2_ranks.yaml"), lambda run: run.process.kill()),
     "SIGTERM to finetune train": (finetune_train("cpu.yaml"), lambda run: run.process.terminate()),
     "Ctrl-C in the terminal of finetune train": (finetune_train("cpu.yaml"), lambda run: os.killpg(run.process.pid, signal.SIGINT)),
     "the launch script's own stop file": (finetune_train("cpu.yaml"), lambda run: (run.output.parent / "stop").touch()),
@@ -103,7 +109,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_leaves_nothing_behind(way, recipe
         everybody = [psutil.Process(process.pid), *run.below]
         ask(run)
         process.wait(60)
-        _, alive = psutil.wait_procs(everybody[1:], timeout=30)
+        _, alive = psutil.wait_procs(everybody[1:], timeout=10)
         assert not alive, ("left behind", [p.cmdline() for p in alive if p.is_running()], log.read_text()[-3000:])
     finally:
         for left in run.below if process.poll() is None else []:
@@ -113,8 +119,43 @@ def test_a_run_that_is_asked_to_stop_saves_and_leaves_nothing_behind(way, recipe
     assert (document["status"], document["exit_code"]) == ("stopped", 3), log.read_text()[-3000:]
     (folder,) = (output / "checkpoints").glob("step-*")
     assert folder.name == f"step-{steps(output)[-1]}"
-    if "finetune" in command:
+    if way == "SIGKILL to finetune train":
+        assert process.returncode == -signal.SIGKILL
+    elif "finetune" in command:
         assert process.returncode == 3
         assert log.read_text().rstrip().splitlines()[-1] == document["message"]
     assert "was saved to" in document["message"]
     assert os.listdir(output / "checkpoints").count("latest") == 1
+
+
+def test_a_second_signal_ends_a_run_that_waits_and_the_checkpoint_before_stays(recipe, tmp_path):
+    """Rank 1 stands still, so that rank 0 waits for it inside a collective, where Python runs no signal handler."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    env = environment(FINETUNE_CACHE=str(tmp_path.parent / "cache"), PYTHONPATH=str(ROOT))
+    long = [key for key in LONG if "save_steps" not in key]
+    command = [*finetune_train("cpu_2_ranks.yaml"), recipe, *long, "checkpoint.save_steps=2", f"output_dir={output}"]
+    with open(log, "w") as stderr:
+        process = subprocess.Popen(command, env=env, stdout=stderr, stderr=stderr, start_new_session=True)
+    run = Started(process, output)
+    try:
+        wait_for(lambda: len(steps(output)) >= 3, 120, process)
+        everybody, (rank_0, rank_1) = run.below, run.ranks
+        rank_1.suspend()
+        time.sleep(1)
+        process.terminate()
+        time.sleep(SECOND_SECONDS + 0.5)
+        assert rank_0.is_running() and process.poll() is None, "asked once, it waits"
+        process.terminate()
+        psutil.wait_procs([rank_0], timeout=5)
+        assert not rank_0.is_running() or rank_0.status() == psutil.STATUS_ZOMBIE
+        rank_1.resume()
+        assert process.wait(20) == 128 + signal.SIGTERM
+        _, alive = psutil.wait_procs(everybody, timeout=10)
+        assert not alive
+    finally:
+        for left in run.below if process.poll() is None else []:
+            left.kill()
+        process.kill()
+    assert "stopped at once by a second SIGTERM" in log.read_text().rstrip().splitlines()[-1]
+    found = newest(output / "checkpoints", print)
+    assert found is not None and found.step >= 2 and found.step % 2 == 0

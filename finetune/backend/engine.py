@@ -9,6 +9,7 @@ window has: the flag `last` ends it.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import math
 import socket
@@ -34,6 +35,8 @@ from finetune.backend.gradient_watch import GradientWatch
 from finetune.backend.probe import check_world, has_accelerator
 from finetune.errors import UserError
 from finetune.launch import Strategy
+
+PATIENCE_SECONDS = 1800.0  # torch's and accelerate's own
 
 
 @dataclass
@@ -230,9 +233,11 @@ class Engine:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def start(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float, say=print) -> Engine:
+def start(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float, say=print,
+          patience_seconds: float = PATIENCE_SECONDS) -> Engine:  # fmt: skip
     """Start Accelerate for this strategy, configured once for windows of about `accumulation_steps` micro-batches.
 
+    A rank waits at least `patience_seconds` for the others before it gives up: longer than the watchdog that knows what is wrong.
     Raises UserError when the world that came up is not the one that was asked for.
     """
     # at least 2: with 1, DeepSpeed steps and reduces on every micro-batch whatever the boundary flag says
@@ -241,9 +246,10 @@ def start(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max
     if strategy.engine == "deepspeed":
         plugin = ds.make_plugin(strategy, configured, per_device_rows, max_grad_norm, say)
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if not has_accelerator() and strategy.engine != "single":
-        # without it each DeepSpeed rank on a CPU believes it is alone; in a plain single process it crashes
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    if strategy.engine != "single":  # in a plain single process it crashes
+        patience = datetime.timedelta(seconds=max(PATIENCE_SECONDS, patience_seconds))
+        # without gloo each DeepSpeed rank on a CPU believes it is alone
+        handlers.append(InitProcessGroupKwargs(backend=None if has_accelerator() else "gloo", timeout=patience))
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that its op was built, on every rank
         accelerator = Accelerator(
             # with two CPU ranks and without it, accelerate 1.15 counts two processes and wraps nothing; DeepSpeed is dropped by it
