@@ -99,7 +99,7 @@ def _spike(job: Job, progress: Progress, before: Sequence[Position]) -> str:
 
 
 def _save(job: Job, root: Path, progress: Progress, facts: dict) -> str:
-    at(f"saving step {progress.position.step}")
+    at(f"saving step {progress.position.step}", slow=True)
     section = job.plan.loaded.recipe.checkpoint
     needed = checkpoint.BYTES_PER_TRAINED_PARAMETER * job.description["trained_parameters"]
     return checkpoint.save(job.engine, root, progress, facts, section.save_total_limit, section.keep_best, needed)

@@ -152,7 +152,7 @@ def _train_and_export(job, files, console, facts: dict, progress) -> dict:
         watching(seconds, lambda code, message: files.update(status="failed", exit_code=code, message=message)),
     ):
         progress = follow(job, files, console, progress, facts, wishes)
-        at("writing the model")
+        at("writing the model", slow=True)
         console.say("writing the model ...")
         export_model(job.engine, job.plan.tokenizer, job.plan.facts.export_dtype, model_dir)
     return summary_of(job, progress, model_dir)

@@ -25,6 +25,8 @@ from finetune.whereabouts import Place
 _WAITING = ("/torch/distributed/", "/torch/autograd/", "/deepspeed/comm/", "/deepspeed/runtime/", "/accelerate/utils/operations.py",
             "/finetune/backend/engine.py")  # fmt: skip
 
+SLOW_FACTOR = 10  # saves and the export of a large model, during which nothing moves on
+
 
 def longer(seconds: float) -> float:
     """How long a rank may stand still that waits for others, where `seconds` is the limit."""
@@ -47,8 +49,7 @@ def watching(seconds: float, leave_word: Callable[[int, str], None]) -> Iterator
 
 
 def _watch(seconds: float, main: int, leave_word: Callable[[int, str], None], over: threading.Event) -> None:
-    limit = seconds or math.inf
-    tick = min(1.0, limit / 10)
+    tick = min(1.0, (seconds or math.inf) / 10)
     beat, still, looked = -1, 0.0, time.monotonic()
     while not over.wait(tick):
         whereabouts.alive()
@@ -59,6 +60,7 @@ def _watch(seconds: float, main: int, leave_word: Callable[[int, str], None], ov
             beat, still = whereabouts.here().beat, 0.0
         if still > ends.GRACE_SECONDS:
             _leave_if_in_vain(leave_word)
+        limit = (seconds or math.inf) * (SLOW_FACTOR if whereabouts.here().slow else 1)
         if still < limit:
             continue
         stack = traceback.extract_stack(sys._current_frames()[main])
@@ -90,7 +92,7 @@ def _end(limit: float, stack: traceback.StackSummary, others: list[Place], leave
     for other in dead:  # it does not run its own watchdog any more, nor does it hear a SIGTERM
         with contextlib.suppress(ProcessLookupError):
             os.kill(other.pid, signal.SIGKILL)
-    rest = f"training.step_timeout_seconds is {limit:g}: set it higher if this can take so long."
+    rest = f"training.step_timeout_seconds allows {limit:g} s for this: set it higher if it can take so long."
     _say_and_leave(f"{message}. {rest}", f"the main thread stands here:\n{''.join(stack.format())}", leave_word)
 
 

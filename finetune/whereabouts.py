@@ -31,6 +31,7 @@ class Place:
     alive: float = 0.0
     ranks: int = 1
     machines: int = 1
+    slow: bool = False  # what it does may take much longer than a micro-batch
 
     def __str__(self) -> str:
         """`rank 1 on node7, window 3 ...`; what goes without saying is left out."""
@@ -59,8 +60,8 @@ class _Record:
             self.handle = os.open(folder / f"place-{self.place.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
         self.move("")
 
-    def move(self, words: str) -> None:
-        self.place = replace(self.place, beat=self.place.beat + 1, words=words, time=time.time())
+    def move(self, words: str, slow: bool = False) -> None:
+        self.place = replace(self.place, beat=self.place.beat + 1, words=words, time=time.time(), slow=slow)
         if self.handle is not None:
             os.pwrite(self.handle, json.dumps(asdict(self.place))[:_RECORD_BYTES].encode().ljust(_RECORD_BYTES), 0)
 
@@ -72,13 +73,16 @@ class _Record:
 _record: _Record | None = None
 
 
-def at(words: str, rows: Sequence[int] | None = None, shape: Sequence[int] = ()) -> None:
-    """From now on this process does what `words` say, with these rows of the data as a batch of this shape. Some microseconds."""
+def at(words: str, rows: Sequence[int] | None = None, shape: Sequence[int] = (), slow: bool = False) -> None:
+    """From now on this process does what `words` say, with these rows of the data as a batch of this shape. Some microseconds.
+
+    `slow` says that it may take much longer than a micro-batch: the watchdog then waits longer.
+    """
     global _record
     _record = _record or _Record()
     if rows is not None:
         words += f", {row_words(rows)} ({' x '.join(map(str, shape))} tokens)"
-    _record.move(words)
+    _record.move(words, slow)
 
 
 def row_words(rows: Sequence[int]) -> str:
