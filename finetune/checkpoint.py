@@ -20,10 +20,10 @@ from finetune.backend.state import convert_state, load_converted, load_state, sa
 from finetune.backend.universal import BYTES_FACTOR
 from finetune.errors import UserError
 from finetune.noise_scale import NoiseState
+from finetune.output_folder import STATE
 from finetune.snapshots import Snapshot
 from finetune.windows import Position
 
-STATE = "state.json"
 BYTES_PER_TRAINED_PARAMETER = 16  # at most: DeepSpeed's weights in 16 bits, float32 copy and two moments; some more for the rest
 PATIENCE_SECONDS = 60
 # Keys that change neither the rows of a window nor what is done with them.

@@ -10,8 +10,8 @@ from pathlib import Path
 from finetune import snapshots
 from finetune.errors import UserError
 from finetune.manifest import MANIFEST, Snapshot, changed, examine, some
+from finetune.output_folder import CHECKPOINTS, STATE
 
-CHECKPOINTS, STATE = "checkpoints", "state.json"
 NEWEST = "newest"
 
 

@@ -16,13 +16,12 @@ from finetune.checkpoint import Progress
 from finetune.errors import Diverged, StopRequested
 from finetune.job import Job
 from finetune.loop import StepResult, evaluate, row_list, train
+from finetune.output_folder import CHECKPOINTS
 from finetune.report.console import Console
 from finetune.report.files import RunFiles
 from finetune.stopping import SAVE_FILE, Wishes
 from finetune.whereabouts import at
 from finetune.windows import Position
-
-CHECKPOINTS = "checkpoints"
 
 
 def follow(job: Job, files: RunFiles, console: Console, progress: Progress, facts: dict,

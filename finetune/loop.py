@@ -17,7 +17,7 @@ from finetune.job import Job
 from finetune.objectives import trained_tokens
 from finetune.noise_scale import NoiseState
 from finetune.stopping import Wishes
-from finetune.whereabouts import at
+from finetune.whereabouts import at, row_numbers
 from finetune.windows import Position, Window, deal
 
 SKIPPED_IN_A_ROW = 3  # windows whose gradient is not finite: a bad row is one, weights that left the numbers do not come back
@@ -160,5 +160,4 @@ def _refuse_divergence(job: Job, result: StepResult, window: Window) -> None:
 
 def row_list(window: Window) -> str:
     """The rows of a window in words, the first 16."""
-    more = " ..." if len(window.rows) > 16 else ""
-    return f"Rows of window {window.index + 1}: {', '.join(map(str, window.rows[:16]))}{more} of the training data, counted from 0"
+    return f"Rows of window {window.index + 1}: {row_numbers(window.rows)} of the training data, counted from 0"

@@ -1,4 +1,4 @@
-"""What a run writes stays inside its output folder: links out of it are refused before anything is written."""
+"""Names in a run's output folder; and what it writes stays inside: links out of it are refused before anything is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.errors import UserError
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, STATE = "checkpoints", "state.json"  # STATE: in each checkpoint, where the run was
 BEFORE = "before-"  # what was there before a run that started over: never written to again
 
 

@@ -11,14 +11,13 @@ from finetune import checkpoint, redact, snapshots
 from finetune.backend.universal import not_convertible
 from finetune.checkpoint import Progress, comparable, differences
 from finetune.errors import UserError
-from finetune.follow import CHECKPOINTS
 from finetune.job import Job
+from finetune.output_folder import BEFORE, CHECKPOINTS
 from finetune.recipe import Loaded, read_resolved
 from finetune.report.console import Console
 from finetune.snapshots import Snapshot
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
-BEFORE = "before-"
 ENDS_BYTES = 1 << 20
 
 

@@ -81,14 +81,14 @@ def at(words: str, rows: Sequence[int] | None = None, shape: Sequence[int] = (),
     global _record
     _record = _record or _Record()
     if rows is not None:
-        words += f", {row_words(rows)} ({' x '.join(map(str, shape))} tokens)"
+        names = f"row{'s' * (len(rows) != 1)} {row_numbers(rows)}" if rows else "no rows"
+        words += f", {names} ({' x '.join(map(str, shape))} tokens)"
     _record.move(words, slow)
 
 
-def row_words(rows: Sequence[int]) -> str:
-    """`rows 3, 9`: the first of them, counted from 0."""
-    more = " ..." if len(rows) > _MOST_ROWS else ""
-    return f"row{'s' * (len(rows) != 1)} {', '.join(map(str, rows[:_MOST_ROWS]))}{more}" if rows else "no rows"
+def row_numbers(rows: Sequence[int]) -> str:
+    """`3, 9`: the first of them, counted from 0."""
+    return ", ".join(map(str, rows[:_MOST_ROWS])) + (" ..." if len(rows) > _MOST_ROWS else "")
 
 
 def here() -> Place:
