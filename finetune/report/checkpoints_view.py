@@ -58,9 +58,11 @@ def _cell(key: str, value: float | None) -> str:
 def _writer(entry: Mapping) -> str:
     if entry["engine"] is None:
         return "-"
-    engine = f"ZeRO-{entry['zero_stage']}" if entry["engine"] == "DeepSpeed" else "plain"
+    several = f"{entry['ranks']} rank{'s' * (entry['ranks'] != 1)}"
+    plain = "one process" if entry["ranks"] == 1 else f"DDP, {several}"
+    engine = f"ZeRO-{entry['zero_stage']}, {several}" if entry["engine"] == "DeepSpeed" else plain
     precision = {"no": "float32"}.get(entry["mixed_precision"], entry["mixed_precision"])
-    return f"{engine}, {entry['ranks']} rank{'s' if entry['ranks'] != 1 else ''}, {precision}"
+    return f"{engine}, {precision}"
 
 
 def _marks(entry: Mapping, document: Mapping, best: float | None) -> Text:
