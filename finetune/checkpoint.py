@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import snapshots
+from finetune import redact, snapshots
 from finetune.backend.engine import Engine
 from finetune.backend.state import convert_state, load_converted, load_state, save_state
 from finetune.backend.universal import BYTES_FACTOR
@@ -81,9 +82,10 @@ def save(engine: Engine, root: Path, progress: Progress, facts: dict, limit: int
 
 
 def _begin(root: Path, step: int, bytes_needed: int) -> None:
+    snapshots.begin(root, step)  # first: it removes what a killed save left
     if shortage := snapshots.check_space(root, bytes_needed):
+        snapshots.abandon(root, step)
         raise OSError(shortage)
-    snapshots.begin(root, step)
 
 
 def on_rank_0(engine: Engine, act: Callable[[], object]) -> str:
@@ -128,9 +130,10 @@ def _load_converted(engine: Engine, snapshot: Snapshot) -> None:
 
     def make() -> None:
         needed_bytes = BYTES_FACTOR * sum(file.bytes for file in snapshot.files.values())
+        scratch = snapshots.scratch(root, snapshot.step)
         if shortage := snapshots.check_space(root, needed_bytes, "the conversion"):
             raise OSError(shortage)
-        convert_state(snapshot.folder, snapshots.scratch(root, snapshot.step))
+        convert_state(snapshot.folder, scratch)
 
     try:
         if problem := on_rank_0(engine, make):
@@ -167,9 +170,19 @@ def read_progress(folder: Path) -> Progress:
 def differences(then: dict, now: dict, allowed: Sequence[str] = ()) -> list[str]:
     """What of a checkpoint's facts is different now, one `name: then -> now` each; keys in `allowed` may differ."""
     old, new = flat(then), flat(now)
-    found = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    found = [name for name in sorted(old.keys() | new.keys()) if not _same(old.get(name), new.get(name))]
     kept = [name for name in found if name.removeprefix("recipe.") not in allowed]
     return [f"{name.removeprefix('recipe.')}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}" for name in kept]
+
+
+def _same(then: object, now: object) -> bool:
+    """Whether two values agree. What was taken for a secret in one shell need not be known as one in another: its place may hold any text.
+    """
+    if then == now or not (isinstance(then, str) and isinstance(now, str)):
+        return then == now
+    patterns = [(re.escape(masked).replace(re.escape(redact.MASK), ".+"), text) for masked, text in ((then, now), (now, then))
+                if redact.MASK in masked]  # fmt: skip
+    return any(re.fullmatch(pattern, text, re.DOTALL) for pattern, text in patterns)
 
 
 def comparable(recipe: dict) -> dict:

@@ -6,6 +6,7 @@ because of it, soon, and often louder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -56,8 +57,9 @@ def leave(end: End) -> None:
     if folder is None or not folder.is_dir() or (folder / f"end-{end.rank}.json").exists():
         return
     temporary = folder / f"end-{end.rank}.tmp"
-    temporary.write_text(json.dumps(asdict(end)))
-    os.replace(temporary, folder / f"end-{end.rank}.json")
+    with contextlib.suppress(OSError):  # a full disk must not replace the words by its own
+        temporary.write_text(json.dumps(asdict(end)))
+        os.replace(temporary, folder / f"end-{end.rank}.json")
 
 
 def left(folder: Path | None) -> list[End]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -86,6 +87,7 @@ def write_status(code: int, message: str) -> None:
     path = os.environ.get(STATUS_FILE)
     if path and (code or os.environ.get("RANK", "0") == "0"):
         temporary = f"{path}.{os.getpid()}"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"exit_code": code, "message": message}, file)
-        os.replace(temporary, path)
+        with contextlib.suppress(OSError):
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump({"exit_code": code, "message": message}, file)
+            os.replace(temporary, path)

@@ -21,7 +21,7 @@ from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
 from finetune.recipe import Loaded
 from finetune.schedule import Schedule, batch_schedule, lr_scaling, warmup_steps_of
-from finetune.watchdog import longer
+from finetune.watchdog import ranks_wait
 from finetune.windows import BatchPlan, Position, Window, deal, epoch_rows, next_window, planned_windows, stream_window
 
 
@@ -160,7 +160,7 @@ def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
 def assemble(plan: Plan, say: Callable[[str], None]) -> Job:
     """Check the engine's scale, start it, load the model, build the optimizer, prepare. A collective. Raises UserError."""
     most_steps = plan.batch.steps(plan.schedule.batch.largest_rows)
-    patience = longer(longer(plan.loaded.recipe.training.step_timeout_seconds))
+    patience = ranks_wait(plan.loaded.recipe.training.step_timeout_seconds)
     settings = (plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, say, patience)
     scale_check = check_scale(*settings)
     engine = backend_engine.start(*settings)

@@ -82,7 +82,8 @@ def host_need(loaded: Loaded, strategy: Strategy, parameters: int, export_dtype:
 
     Trained weights are read on the host, whole by every process but under ZeRO-3, and become float32; frozen ones in the checkpoint's
     own type stay pages of its files, which the kernel can drop. On the CPU, and of what is offloaded, gradients and optimizer states
-    are there too: float32, ZeRO's share of them. On a GPU the weights leave the host again.
+    are there too: float32, ZeRO's share of them. On a GPU, and where DeepSpeed casts them, the float32 weights have left the host before
+    there are optimizer states: the larger of the two moments counts.
     """
     recipe = loaded.recipe
     trained = 0 if recipe.lora else parameters
@@ -97,7 +98,12 @@ def host_need(loaded: Loaded, strategy: Strategy, parameters: int, export_dtype:
     states = MOMENTS_BYTES[recipe.training.optim] + (0 if use_cpu else 4)  # what is offloaded has its float32 copy there
     moments = states * trained / (ranks if stage else 1) if keeps == "cpu" else 0.0
     gradients = 4 * trained / (ranks if stage >= 2 or not use_cpu else 1) if keeps == "cpu" else 0.0
-    return Need({"libraries": LIBRARIES_BYTES, "weights": weights, "gradients": gradients, "optimizer": moments})
+    stay = weights
+    if stage < 3 and trained:
+        stay = 0.0 if not use_cpu else 2.0 * trained if stage and strategy.mixed_precision != "no" else weights
+    loading = Need({"libraries": LIBRARIES_BYTES, "weights": weights})
+    training = Need({"libraries": LIBRARIES_BYTES, "weights": stay, "gradients": gradients, "optimizer": moments})
+    return max(loading, training, key=lambda need: need.total_bytes)
 
 
 def check_host(loaded: Loaded, strategy: Strategy, need: Need, say: Callable[[str], None], memory: HostMemory | None = None) -> None:
@@ -127,9 +133,11 @@ def check_disk(loaded: Loaded, output_dir: Path, trained: int, export_bytes: int
     """Before training: raises UserError where not one checkpoint fits on the disk, and warns where fewer fit than asked for."""
     place = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
     free = shutil.disk_usage(place).free if free_bytes is None else free_bytes
+    rubbish = sum(map(_bytes_below, (output_dir / "checkpoints").glob("step-*.tmp")))  # of a killed save: the next one removes it
+    free += rubbish
     one = (4 + MOMENTS_BYTES[loaded.recipe.training.optim]) * trained
     limit = loaded.recipe.checkpoint.save_total_limit
-    there = _bytes_below(output_dir / "checkpoints")
+    there = _bytes_below(output_dir / "checkpoints") - rubbish
     wanted = (limit + 1) * one + export_bytes - there
     where = f"{loaded.where('output_dir')}: output_dir {output_dir} has {gib(free)} GiB free"
     if free < one:

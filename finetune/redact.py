@@ -19,10 +19,11 @@ _PATTERNS = (
     (re.compile(r"(\w:/{1,3})[^\s/'\"<>]+@"), rf"\1{MASK}@"),
     (re.compile(r"([?&][\w.-]*(?:token|secret|password|passwd|key|signature|sig|credential)=)[^&\s'\"<>]+", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(r"(\b(?:bearer|authorization:\s*\w+)\s+)[\w.~+/=-]{16,}", re.IGNORECASE), rf"\1{MASK}"),
-    (re.compile(r"(?<![A-Za-z0-9])(?:hf_|api_org_)[A-Za-z0-9]{16,}"), MASK),  # Hugging Face
+    (re.compile(r"(?<![A-Za-z0-9])(?:hf_|api_org_)[A-Za-z0-9]{30,}"), MASK),  # Hugging Face
     (re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-)[\w-]{16,}"), MASK),
     (re.compile(r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"), MASK),  # AWS
-    (re.compile(r"(?<![A-Za-z0-9])(?:sk|xox[abprs])-[\w-]{16,}"), MASK),
+    (re.compile(r"(?<![A-Za-z0-9])xox[abprs]-[\w-]{16,}"), MASK),
+    (re.compile(r"(?<![A-Za-z0-9])sk-(?:[a-z]+\d*-){0,2}(?=\w*\d)\w{20,}"), MASK),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL), MASK),
 )
 
@@ -37,11 +38,11 @@ def text(said: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def tree(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
-    """The same for every text in dictionaries, lists and tuples; other values as they are."""
+    """The same for every text in dictionaries, lists and tuples; names in dictionaries, which are ours, and other values as they are."""
     if isinstance(value, str):
         return text(value, environment)
     if isinstance(value, dict):
-        return {tree(key, environment): tree(item, environment) for key, item in value.items()}
+        return {key: tree(item, environment) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(tree(item, environment) for item in value)
     return value

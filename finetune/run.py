@@ -95,12 +95,12 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
         console.end_bar()
         end = exits.settle(error)[1]
         files.update(status="stopped" if end.code == StopRequested.exit_code else "failed", exit_code=end.code, message=end.message)
-        raise
-    finally:
         trackers.finish()
+        raise
     files.update(status="done", exit_code=0, summary=summary)
     job.engine.wait()
     _summarise(console, summary, output_dir)
+    trackers.finish()  # last: it may wait for somebody's service
     job.engine.close()
 
 

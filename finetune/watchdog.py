@@ -33,6 +33,13 @@ def longer(seconds: float) -> float:
     return seconds + min(60.0, max(5.0, seconds / 4))
 
 
+def ranks_wait(seconds: float) -> float:
+    """How long a rank waits in a collective before the process group gives up, where `seconds` is the limit (0: a year): longer than the
+    watchdog, which knows what is wrong, at the slowest it allows.
+    """
+    return longer(longer(SLOW_FACTOR * seconds)) if seconds else 365 * 86400.0
+
+
 @contextlib.contextmanager
 def watching(seconds: float, leave_word: Callable[[int, str], None]) -> Iterator[None]:
     """Within it the process ends with status 1 when its main thread stays in one place for `seconds` (0: never).
@@ -74,7 +81,10 @@ def _leave_if_in_vain(leave_word: Callable[[int, str], None]) -> None:
     """End this process where another rank has ended: on a GPU nothing wakes a rank that waits for it, not even a SIGTERM."""
     cause = ends.first(ends.left(whereabouts.shared_folder()))
     if cause is not None and not cause.lost_peer:
-        os._exit(cause.code)  # and it has said so
+        try:
+            leave_word(cause.code, cause.words)
+        finally:
+            os._exit(cause.code)  # and it has said so
     if lost := ends.gone():
         _say_and_leave(lost, "", leave_word, lost_peer=True)
 
@@ -90,7 +100,7 @@ def _end(limit: float, stack: traceback.StackSummary, others: list[Place], leave
     elif others:
         message += ", perhaps waiting for another rank"
     for other in dead:  # it does not run its own watchdog any more, nor does it hear a SIGTERM
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):
             os.kill(other.pid, signal.SIGKILL)
     rest = f"training.step_timeout_seconds allows {limit:g} s for this: set it higher if it can take so long."
     _say_and_leave(f"{message}. {rest}", f"the main thread stands here:\n{''.join(stack.format())}", leave_word)
@@ -100,8 +110,9 @@ def _say_and_leave(message: str, text: str, leave_word: Callable[[int, str], Non
     place = whereabouts.here()
     own = End(place.rank, place.pid, time.time(), 1, message, lost_peer, alone=True)
     try:
-        if ends.settle(own) == own:
-            leave_word(own.code, own.words)
+        stands = ends.settle(own)
+        leave_word(stands.code, stands.words)
+        if stands == own:
             say(own, text)
     finally:
         os._exit(1)

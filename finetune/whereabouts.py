@@ -5,6 +5,7 @@ The ranks of one machine see each other's in a small file each, which stays behi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -56,18 +57,20 @@ class _Record:
         self.place = Place(int(os.environ.get("RANK", "0")), os.getpid(), socket.gethostname(), ranks=ranks, machines=max(1, ranks // local))
         folder = shared_folder()
         self.handle = None
-        if folder is not None and folder.is_dir():
-            self.handle = os.open(folder / f"place-{self.place.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+        with contextlib.suppress(OSError):  # nobody to tell, or no room to: the run goes on
+            self.handle = folder and os.open(folder / f"place-{self.place.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
         self.move("")
 
     def move(self, words: str, slow: bool = False) -> None:
         self.place = replace(self.place, beat=self.place.beat + 1, words=words, time=time.time(), slow=slow)
         if self.handle is not None:
-            os.pwrite(self.handle, json.dumps(asdict(self.place))[:_RECORD_BYTES].encode().ljust(_RECORD_BYTES), 0)
+            with contextlib.suppress(OSError):
+                os.pwrite(self.handle, json.dumps(asdict(self.place))[:_RECORD_BYTES].encode().ljust(_RECORD_BYTES), 0)
 
     def touch(self) -> None:
         if self.handle is not None:
-            os.utime(self.handle)
+            with contextlib.suppress(OSError):
+                os.utime(self.handle)
 
 
 _record: _Record | None = None

@@ -68,6 +68,7 @@ def test_bytes_per_parameter_over_all_ranks(small):
     assert bytes_per_parameter(small, "cpu_2_ranks.yaml", "lora.r=8", use_cpu=True) == 0, "the kernel can drop the file's pages"
     assert bytes_per_parameter(small, "zero3_offload_cpu_2_ranks.yaml", use_cpu=True) == 16
     assert bytes_per_parameter(small, "single_gpu.yaml", use_cpu=False) == 4, "read on the host, in float32"
+    assert bytes_per_parameter(small, "zero2_offload.yaml", use_cpu=False) == 32, "eight times read; gone before 8 x 2 bytes of states come"
     assert bytes_per_parameter(small, "zero3.yaml", use_cpu=False) == 0
     assert bytes_per_parameter(small, "zero3_offload.yaml", use_cpu=False) == 18  # bf16 weight, gradient, master, two moments
 
@@ -92,6 +93,12 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_and_for_fewer_than_as
         check_disk(loaded, tmp_path, free_bytes=11 * 10**9, **sizes)
     check_disk(loaded, tmp_path, free_bytes=38 * 10**9, **sizes)
     assert said == []
+    (tmp_path / "checkpoints/step-4.tmp").mkdir(parents=True)
+    with open(tmp_path / "checkpoints/step-4.tmp/half", "wb") as half:
+        half.truncate(27 * 10**9)  # without blocks on the disk
+    check_disk(loaded, tmp_path, free_bytes=11 * 10**9 + 10**8, **sizes)
+    (tmp_path / "checkpoints/step-4.tmp/half").unlink()
+    said.clear()
     check_disk(loaded, tmp_path, free_bytes=37 * 10**9, **sizes)
     assert len(said) == 1 and "checkpoint.save_total_limit 2" in said[0] and "35.4 GiB" in said[0]
 

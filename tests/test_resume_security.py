@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from finetune import launch, manifest, model, output_folder, recipe, redact, snapshots
 from finetune.backend import engine as backend
 from finetune.backend.state import load_state
+from finetune.checkpoint import differences
 from finetune.checkpoint_export import export_checkpoint
 from finetune.cli import app
 from finetune.errors import UserError
@@ -344,7 +345,9 @@ def test_check_and_refusals_keep_secrets_to_themselves(tmp_path):
 @pytest.mark.parametrize("said, clean", [
     ("git clone https://me:pw@host/x", "git clone https://***@host/x"),
     ("https://justatoken@host/x", "https://***@host/x"),
-    ("/work/https:/me:pw@host/x", "/work/https:/***@host/x"),
+    ("/data/https:/me:pw@host/x", "/data/https:/***@host/x"),
+    ("sk-proj-Ab1Cd2Ef3Gh4Ij5Kl6Mn7Op8 and sk-Ab1Cd2Ef3Gh4Ij5Kl6Mn7Op8", "*** and ***"),
+    ("/data/sk-wikipedia-articles-2024/x.jsonl trains /models/hf_Llama31Instruct8Btuned", None),
     ("s3://b/x?X-Amz-Signature=abc123&part=2", "s3://b/x?X-Amz-Signature=***&part=2"),
     ("Authorization: Bearer abcdefghijklmnop12", "Authorization: Bearer ***"),
     (f"token {TOKEN}.", "token ***."),
@@ -356,7 +359,16 @@ def test_check_and_refusals_keep_secrets_to_themselves(tmp_path):
 def test_what_is_a_secret(said, clean):
     env = SECRETS | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "SSL_KEY": str(ROOT), "EMPTY_TOKEN": ""}
     assert redact.text(said, env) == (said if clean is None else clean)
-    assert redact.tree({said: [said, (said, 1.5)]}, env) == {clean or said: [clean or said, (clean or said, 1.5)]}
+    assert redact.tree({"a key": [said, (said, 1.5)]}, env) == {"a key": [clean or said, (clean or said, 1.5)]}
+
+
+def test_a_word_that_is_a_secret_in_one_shell_only_is_no_difference():
+    plain = {"recipe": {"data.train": "chats.jsonl", "model.name_or_path": "/models/projectx/base"}}
+    masked = redact.tree(plain, {"LAB_PASSWORD": "projectx"})
+    assert masked["recipe"]["model.name_or_path"] == "/models/***/base"
+    assert differences(plain, masked) == differences(masked, plain) == differences(masked, masked) == []
+    other = {"recipe": {"data.train": "chats.jsonl", "model.name_or_path": "/models/other"}}
+    assert differences(masked, other) == ["model.name_or_path: /models/***/base -> /models/other"]
 
 
 def test_a_traceback_is_clean(monkeypatch, capsys):

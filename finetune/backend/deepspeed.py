@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import math
 import os
@@ -43,6 +44,15 @@ def make_plugin(strategy: Strategy, accumulation_steps: int, per_device_rows: in
         # a window's gradients are added up in float32: bf16 buffers lose bits with every micro-batch
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return plugin
+
+
+def wait_at_least(seconds: float) -> None:
+    """How long ranks wait for each other in DeepSpeed's own process groups, which it makes without saying: torch's defaults, with NCCL 10
+    minutes, whatever the first group was given.
+    """
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = datetime.timedelta(seconds=seconds)
 
 
 def size_buffers(config: dict, parameters: list[nn.Parameter]) -> None:
@@ -180,7 +190,7 @@ def only_known_pickles() -> Iterator[None]:
 
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
-    if not os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") not in ("1", "y", "yes", "true"):  # what torch takes for on
         os.environ[name] = "1"
     try:
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):

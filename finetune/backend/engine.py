@@ -245,6 +245,7 @@ def start(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max
     plugin = None
     if strategy.engine == "deepspeed":
         plugin = ds.make_plugin(strategy, configured, per_device_rows, max_grad_norm, say)
+        ds.wait_at_least(max(PATIENCE_SECONDS, patience_seconds))
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if strategy.engine != "single":  # in a plain single process it crashes
         patience = datetime.timedelta(seconds=max(PATIENCE_SECONDS, patience_seconds))

@@ -5,6 +5,7 @@ For people to look at, never what a run depends on: a tracker that fails costs o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 Scalar = bool | int | float | str
+FINISH_SECONDS = 30.0
 
 
 @dataclass
@@ -27,8 +29,13 @@ class Trackers:
         self._each(lambda tracker: tracker.log(numbers, step=row["step"]))
 
     def finish(self) -> None:
-        """Let them write what they still hold."""
-        self._each(lambda tracker: tracker.finish())
+        """Let them write what they still hold, for half a minute at most: some wait for a service that does not answer."""
+        names = ", ".join(tracker.name for tracker in self.working)
+        thread = threading.Thread(target=lambda: self._each(lambda tracker: tracker.finish()), name="trackers", daemon=True)
+        thread.start()
+        thread.join(FINISH_SECONDS)
+        if thread.is_alive():
+            self.say(f"warning: logging.report_to: {names} did not finish within {FINISH_SECONDS:.0f} s; metrics.jsonl has everything.")
 
     def _each(self, act: Callable[[GeneralTracker], object]) -> None:
         for tracker in list(self.working):
