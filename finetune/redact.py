@@ -23,7 +23,7 @@ _PATTERNS = (
     (re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_|glpat-)[\w-]{16,}"), MASK),
     (re.compile(r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"), MASK),  # AWS
     (re.compile(r"(?<![A-Za-z0-9])xox[abprs]-[\w-]{16,}"), MASK),
-    (re.compile(r"(?<![A-Za-z0-9])sk-(?:[a-z]+\d*-){0,2}(?=\w*\d)\w{20,}"), MASK),
+    (re.compile(r"(?<![A-Za-z0-9])sk-(?:[a-z]+\d*-){0,2}(?=\w*\d)\w{20,}[\w-]*"), MASK),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL), MASK),
 )
 

@@ -25,7 +25,6 @@ from finetune.watchdog import watching
 from finetune.whereabouts import at
 
 
-
 def run_rank(argv: Sequence[str]) -> None:
     """The trainer process: train the recipe in `argv` and exit with the status that says how it ended. Does not return."""
 

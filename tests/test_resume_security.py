@@ -346,7 +346,7 @@ def test_check_and_refusals_keep_secrets_to_themselves(tmp_path):
     ("git clone https://me:pw@host/x", "git clone https://***@host/x"),
     ("https://justatoken@host/x", "https://***@host/x"),
     ("/data/https:/me:pw@host/x", "/data/https:/***@host/x"),
-    ("sk-proj-Ab1Cd2Ef3Gh4Ij5Kl6Mn7Op8 and sk-Ab1Cd2Ef3Gh4Ij5Kl6Mn7Op8", "*** and ***"),
+    ("sk-proj-Ab1Cd2Ef3Gh4Ij5Kl6Mn7Op8-Qr9_St0 and sk-Ab1Cd2Ef3Gh4Ij5Kl6Mn7Op8", "*** and ***"),
     ("/data/sk-wikipedia-articles-2024/x.jsonl trains /models/hf_Llama31Instruct8Btuned", None),
     ("s3://b/x?X-Amz-Signature=abc123&part=2", "s3://b/x?X-Amz-Signature=***&part=2"),
     ("Authorization: Bearer abcdefghijklmnop12", "Authorization: Bearer ***"),
