@@ -27,6 +27,7 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(("model", "data", "objectives", "optim", "export", "checkpoint"), 5),
     **dict.fromkeys(("backend",), 4),
     **dict.fromkeys(("report",), 3),
+    **dict.fromkeys(("memory",), 2),
     **dict.fromkeys(("windows", "schedule", "noise_scale", "preflight", "manifest", "snapshots", "run_lock", "stopping", "spikes",
                      "output_folder", "watchdog", "limits"), 1),
     **dict.fromkeys(("launch", "launch_args", "launch_file", "compatibility"), 0),

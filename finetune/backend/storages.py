@@ -1,0 +1,119 @@
+"""Bytes of tensors that are alive: counted storage by storage, on real tensors or on fake ones that hold no memory.
+
+The one place for what torch does not promise to keep: FakeTensorMode and TorchDispatchMode (tests/test_memory_canary.py fails when an
+upgrade changes them). A mode sees what ops return; what a kernel allocates and frees inside itself is seen on neither kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+OTHER = "other"
+
+
+@dataclass
+class Moment:
+    """The most that was alive during a part of a step."""
+
+    bytes: int = 0
+    by_kind: dict[str, int] = field(default_factory=dict)
+
+
+class StorageTracker(TorchDispatchMode):
+    """Within it, the bytes of every storage that an op returned or `hold` was told of, until it is freed.
+
+    `moment` names the part of the step that is going on, `kind` what new storages are: both are the caller's to set. `moments` has the
+    peak of each part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moment, self.kind = "", OTHER
+        self.live_bytes = 0
+        self.by_kind: Counter[str] = Counter()
+        self.moments: dict[str, Moment] = {}
+        self._storages: dict[int, tuple[weakref.ref, int, str]] = {}
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was alive in any part."""
+        return max((moment.bytes for moment in self.moments.values()), default=0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+            return 1.0  # a fake tensor has no value; norms, losses and step counts are numbers that no size depends on
+        returned = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(returned):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, None)
+        return returned
+
+    def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Count these from now on, as `kind`, also where they were counted as something else."""
+        for tensor in tensors:
+            self._see(tensor, kind)
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Leave these out from now on: what the data room owns is not the step's."""
+        for tensor in tensors:
+            self._see(tensor, kind="ignored")
+
+    def enter(self, moment: str) -> None:
+        """A part of the step begins; what is alive now is its first peak."""
+        self.moment = moment
+        self._note()
+
+    def _see(self, tensor: Tensor, kind: str | None) -> None:
+        if tensor.device.type == "meta" or tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._storages.get(key)
+        if known is not None:
+            if known[1] == size and (kind is None or kind == known[2]):
+                return
+            self._drop(key)
+            kind = kind or known[2]
+        kind = kind or self.kind
+        reference = weakref.ref(storage, lambda _, key=key: self._drop(key))
+        self._storages[key] = (reference, size, kind)
+        if kind != "ignored":
+            self.live_bytes += size
+            self.by_kind[kind] += size
+            self._note()
+
+    def _drop(self, key: int) -> None:
+        _, size, kind = self._storages.pop(key)
+        if kind != "ignored":
+            self.live_bytes -= size
+            self.by_kind[kind] -= size
+
+    def _note(self) -> None:
+        moment = self.moments.setdefault(self.moment, Moment())
+        if self.live_bytes > moment.bytes:
+            moment.bytes, moment.by_kind = self.live_bytes, dict(self.by_kind)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+@contextlib.contextmanager
+def pretending() -> Iterator[None]:
+    """Within it new tensors have shapes, types and storages, and no memory. Build modules on the meta device before, and give them
+    fake memory with `materialise` inside.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
