@@ -66,17 +66,12 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
 
     prepare_libraries(strategy.use_cpu, loaded.recipe.training.deterministic)
     from finetune.checkpoint import on_rank_0
-    from finetune.confirm import confirmed
-    from finetune.job import assemble, prepare_plan  # torch is imported here: a wrong recipe has been answered by now
+    from finetune.job import assemble  # torch is imported here: a wrong recipe has been answered by now
     from finetune.memory import account
     from finetune.out_of_memory import explained
     from finetune.resume import begin, facts_of
 
-    plan = prepare_plan(loaded, strategy, console.say)
-    _check_room(plan, output_dir, console)
-    if plan.chosen:
-        plan = confirmed(plan, console.say)
-    expected, expectation = _forecast(plan, console)
+    plan, expected, expectation = _planned(loaded, strategy, output_dir, console)
     with explained(plan):
         job = assemble(plan, console.say, measure=True)
     if strategy.machines > 1 and not again and _finished(job, output_dir):
@@ -121,16 +116,25 @@ def _check_room(plan, output_dir: Path, console) -> None:
     limits.check_disk(loaded, output_dir, trained, trained * limits.DTYPE_BYTES[dtype], console.say)
 
 
-def _forecast(plan, console) -> tuple[dict, str]:
-    """What this run is expected to take, for run.json and in a line. Raises UserError where a device surely has too little."""
-    from finetune.job import forecast, largest_shape
+def _planned(loaded, strategy: Strategy, output_dir: Path, console) -> tuple:
+    """The plan, what it is expected to take (for run.json), and that in a line: all that is known before weights are read.
+
+    Raises UserError where host, disk or device surely have too little.
+    """
+    from finetune.backend.probe import host_bytes
+    from finetune.confirm import confirmed
+    from finetune.job import forecast, largest_shape, prepare_plan
     from finetune.memory import account
 
+    plan = prepare_plan(loaded, strategy, console.say)
+    _check_room(plan, output_dir, console)
+    if plan.chosen:
+        plan = confirmed(plan, console.say)
     shape = largest_shape(plan)
     found = forecast(plan, shape)
     if warning := account.refuse_what_cannot_fit(plan.loaded, found):
         console.say(warning)
-    return account.predicted(found, shape), account.expectation_line(found, shape)
+    return plan, account.predicted(found, shape, host_bytes()), account.expectation_line(found, shape)
 
 
 def _claim(output_dir: Path, console) -> None:

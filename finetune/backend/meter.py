@@ -10,12 +10,11 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from finetune.backend.holdings import held_by_optimizer, holdings
-from finetune.backend.probe import device_peak_bytes, has_accelerator, host_peak_bytes
+from finetune.backend.probe import device_peak_bytes, has_accelerator, host_bytes, host_peak_bytes
 from finetune.backend.storages import StorageTracker
 
 POINTS = ("load", "prepare", "forward", "backward", "step")
@@ -36,9 +35,11 @@ class Meter:
         if not self.enabled or name in self.points:
             return
         device = has_accelerator()
+        if self._tracker is not None:
+            self._tracker.hold([*module.parameters(), *module.buffers()], "held")
         self.points[name] = holdings(module.parameters(), optimizer, device) | {
             "device_bytes": int(torch.accelerator.memory_allocated()) if device else 0,
-            "host_bytes": psutil.Process().memory_info().rss,
+            "host_bytes": host_bytes(),
             **({"tracked_bytes": self._tracker.live_bytes} if self._tracker else {}),
         }
 

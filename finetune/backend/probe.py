@@ -49,6 +49,11 @@ def empty_cache() -> None:
         torch.accelerator.reset_peak_memory_stats()
 
 
+def host_bytes() -> int:
+    """Resident set size of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def host_peak_bytes() -> int:
     """Highest resident set size of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024

@@ -13,14 +13,14 @@ from finetune.recipe import Loaded
 from finetune.report.console import human_bytes
 
 
-def predicted(found: Estimate, shape: Shape) -> dict:
+def predicted(found: Estimate, shape: Shape, process_bytes: int) -> dict:
     """The estimate for run.json; bytes of one rank (disk: of all). `device` and `host` are what tensors take, load and save included, `step`
-    what they take in the largest micro-batch; `host_process` has the libraries on top.
+    what they take in the largest micro-batch; `host_process` has what the process takes already, before any weight.
     """
     return {
         "device": dataclasses.asdict(found.device),
         "host": dataclasses.asdict(found.host),
-        "host_process": dataclasses.asdict(found.host_needed),
+        "host_process": {name: size + process_bytes for name, size in dataclasses.asdict(found.host).items()},
         "step_bytes": round(found.step_bytes),
         "nvme_bytes": round(found.nvme_bytes),
         "disk_bytes": round(found.disk_bytes),

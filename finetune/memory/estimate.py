@@ -25,7 +25,7 @@ DYNAMIC = ("activations", "logits and loss")  # what no engine shards
 # caching allocator keeps blocks it cannot reuse. The host's is what a trainer's imports alone take on Linux (docs/benchmarks/memory.md).
 DEVICE_CONTEXT_BYTES = 0.6 * 2**30
 FRAGMENTED_SHARE = 0.05
-HOST_LIBRARIES_BYTES = 0.75 * 2**30
+HOST_LIBRARIES_BYTES = 0.5 * 2**30
 TRACED_SPREAD = (0.97, 1.05)  # other kernels than the traced ones: attention, workspaces
 FORMULA_SPREAD = (0.6, 1.8)  # of activations and losses where nothing was traced
 
