@@ -32,7 +32,7 @@ ROWS: dict[str, int] = {
                      "output_folder", "watchdog", "limits"), 1),
     **dict.fromkeys(("launch", "launch_args", "launch_file", "compatibility"), 0),
     **dict.fromkeys(("recipe", "recipe_check", "recipe_fields", "recipe_include", "recipe_rules", "recipe_yaml"), 0),
-    **dict.fromkeys(("suggest", "foreign_names", "errors", "exits", "ends", "whereabouts", "redact"), 0),
+    **dict.fromkeys(("suggest", "foreign_names", "errors", "exits", "ends", "whereabouts", "redact", "sizes"), 0),
 }
 TORCH_FREE = [room for room, row in ROWS.items() if row <= 1] + ["run", "launching", "verify", "checkpoints", "cli", "backend.parents"]
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "bitsandbytes")
