@@ -21,7 +21,7 @@ from finetune.memory.formulas import (
     resident_plain,
     saved_optimizer_bytes,
 )
-from finetune.memory.guess import HIGH, LOW, DecoderShape, guess_activations, layer_bytes
+from finetune.memory.guess import HIGH, LOW, DecoderShape, cast_bytes, guess_activations, layer_bytes
 from finetune.memory.transfer import (
     NVME_BYTES_PER_SECOND,
     PCIE_4_BYTES_PER_SECOND,
@@ -169,7 +169,9 @@ def test_real_runs_hold_these_bytes(tmp_path, ranks):
     real = json.loads((tmp_path / "out.json").read_text())
     weights = Weights(tuple(Weight(*weight) for weight in real["weights"]), real["buffers_bytes"])
     assert sum(resident_plain(weights, ranks, "adamw", True, accumulates=True).device.values()) == real["accumulating"]
-    assert sum(resident_plain(weights, ranks, "adamw", True).device.values()) == real["resting"]
+    found = resident_plain(weights, ranks, "adamw", True)
+    assert sum(found.device.values()) == real["resting"]
+    assert sum(size for part in found.save.values() for size in part.values()) == real["saving"]
 
 
 # activations without a trace
@@ -184,6 +186,12 @@ def test_a_layer_by_hand():
     assert layer_bytes(LLAMA_7B, 1, 2, autocast=True) == 65536 + 40960 + 41088 + 88064
     # Qwen3-0.6B: 2048 of queries, 1024 of keys: 2 x 6 x 1024, 2 x 2 x 1024, 2 x (3 x 2048 + 2 x 1024) + 64, 2 x 4 x 3072
     assert layer_bytes(QWEN3_06B, 1, 2) == 12288 + 4096 + 16448 + 24576
+
+
+def test_casts_of_weights_by_hand():
+    # the layer's 300 and the head's (or the tied embedding's) 400, two bytes each; frozen weights are not cast
+    assert cast_bytes(SMALL) == 1400
+    assert cast_bytes(Weights((Weight("base.weight", 1000, False, 2, 0), Weight("a.weight", 10, True, 4, 0)))) == 20
 
 
 def test_the_loss_by_hand():
@@ -222,7 +230,8 @@ def test_real_layers_lie_in_the_range(family, autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             kept = network(input_ids=torch.zeros(2, 256, dtype=torch.long), use_cache=False).last_hidden_state.sum()
         alive = tracker.live_bytes - before
-    casts = 2 * sum(p.numel() for p in network.layers.parameters() if p.dim() == 2) if autocast else 0
+    weights = Weights(tuple(Weight(n, p.numel(), True, 4, 0) for n, p in network.layers.named_parameters()))
+    casts = cast_bytes(weights) if autocast else 0
     assert kept.requires_grad
     guess = guess_activations(shape, 2, 256, 2, checkpointing=False, autocast=autocast)["layer"]["activations"]
     assert guess.low < alive - casts < guess.high
@@ -247,6 +256,8 @@ def test_zero_2_moves_gradient_and_weights_once_per_step():
     # in float32 the sum goes to and fro: K = 4 is 4 x 2200 each way, and 2200 as the optimizer's gradient; the first micro-batch fetches
     # nothing, and the weights come back with as many bytes
     assert traffic(SMALL, zero(2, ranks=2, precision="no"), "adamw", True).of_step(4) == Moved(8800, 11000)
+    # ZeRO-1 does all that once, at the end of the window
+    assert traffic(SMALL, zero(1, ranks=2, precision="no"), "adamw", True).of_step(4) == Moved(4400, 4400)
 
 
 def test_fetches_by_hand():
@@ -261,6 +272,10 @@ def test_fetches_by_hand():
     assert fetched_elements(SMALL, False, 800, 0)["layers.0.b.weight"] == 400
     assert fetched_elements(SMALL, False, 801, 0)["layers.0.b.weight"] == 200
     assert sum(fetched_elements(SMALL, True, 10**9, 0).values()) == 1100
+    # norms come last in a layer's list, and run before its last matrix: small weights are not what the recomputation ends in
+    norm = Weight("layers.0.norm.weight", 10, True, 4, 0)
+    with_norm = fetched_elements(Weights((*SMALL.all[:3], norm, SMALL.all[3])), True, 0, 50)
+    assert with_norm["layers.0.b.weight"] == 400 and "layers.0.norm.weight" not in with_norm
     # what is small never leaves
     assert fetched_elements(SMALL, True, 0, 100).keys() == {"embed.weight", "layers.0.b.weight", "head.weight"}
 

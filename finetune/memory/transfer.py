@@ -80,7 +80,7 @@ def traffic(weights: Weights, strategy: Strategy, optim: str, checkpointing: boo
 
     ZeRO-1 and 2 with optimizer offload: the window's gradient is added up on the device where they are summed in float32 and computed
     in 16 bits, and goes to the host once (stage_1_and_2.py, copy_grads_in_partition, compact buffer); in float32 runs each micro-batch
-    fetches the host's sum and returns it. The updated partition comes back in the compute type.
+    (ZeRO-1: the last one) fetches the host's sum and returns it. The updated partition comes back in the compute type.
     ZeRO-3 with optimizer offload: the float32 sum lives on the host, and each micro-batch takes it to the device and back (stage3.py,
     partition_grads; the first one, too), then the last one writes it once more as the optimizer's gradient. Updated weights go to the
     device only where they live there. With optimizer states on NVMe: master, moments and gradient are read, and written, once a step.
@@ -94,6 +94,8 @@ def traffic(weights: Weights, strategy: Strategy, optim: str, checkpointing: boo
     if strategy.zero_stage < 3:
         if compute == 2:
             return Traffic(step=Moved(to_device_bytes=2 * share, to_host_bytes=4 * share))
+        if strategy.zero_stage == 1:
+            return Traffic(step=Moved(to_device_bytes=8 * share, to_host_bytes=8 * share))
         return Traffic(Moved(4 * share, 4 * share), Moved(to_device_bytes=0, to_host_bytes=4 * share))
     micro, step = Moved(), Moved()
     if strategy.offload_optimizer != "none":
@@ -127,8 +129,8 @@ def fetched_elements(weights: Weights, checkpointing: bool, reuse_distance_eleme
     modules: dict[str, list[Weight]] = {}
     for weight in weights.all:
         modules.setdefault(weight.name.rpartition(".")[0], []).append(weight)
-    uses = _order_of_use(modules, checkpointing)
     sizes = {name: sum(w.elements for w in group) for name, group in modules.items()}
+    uses = _order_of_use(modules, checkpointing, {name for name, size in sizes.items() if size > persistent_elements})
     held: set[str] = set()
     fetches = dict.fromkeys(modules, 0)
     for i, (name, stays) in enumerate(uses):
@@ -140,7 +142,7 @@ def fetched_elements(weights: Weights, checkpointing: bool, reuse_distance_eleme
             if w.elements > persistent_elements}  # fmt: skip
 
 
-def _order_of_use(modules: dict[str, list[Weight]], checkpointing: bool) -> list[tuple[str, bool]]:
+def _order_of_use(modules: dict[str, list[Weight]], checkpointing: bool, large: set[str]) -> list[tuple[str, bool]]:
     """(module, whether its weights surely stay) of one forward and backward."""
     forward = list(modules)
     uses = [(name, False) for name in forward]
@@ -155,7 +157,8 @@ def _order_of_use(modules: dict[str, list[Weight]], checkpointing: bool) -> list
             runs.append((layer, [name]))
     for layer, names in reversed(runs):
         if layer is not None:
-            uses += [(name, name == names[-1]) for name in names]
+            last = next((name for name in reversed(names) if name in large), names[-1])  # norms are listed last, and are not
+            uses += [(name, name == last) for name in names]
         uses += [(name, False) for name in reversed(names)]
     return uses
 

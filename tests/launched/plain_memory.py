@@ -18,6 +18,7 @@ from finetune import launch, model, recipe
 from finetune.backend import engine as backend
 from finetune.backend.parents import launched_by
 from finetune.backend.probe import prepare_libraries
+from finetune.backend.state import save_state
 from finetune.backend.storages import StorageTracker
 from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
@@ -43,9 +44,15 @@ def main() -> None:
                 if k == 1:
                     accumulating = tracker.live_bytes
         resting = tracker.live_bytes
+        tracker.enter("checkpoint")
+        save_state(engine, Path(out).parent)
+        tracker.enter("export")
+        state = engine.gather_state(only_trained=loaded.recipe.lora is not None)
+        del state
     weights = [[n, p.numel(), p.requires_grad, p.element_size()] for n, p in network.named_parameters()]
     found = {"weights": weights, "buffers_bytes": sum(b.nbytes for b in network.buffers()),
-             "accumulating": accumulating, "resting": resting}  # fmt: skip
+             "accumulating": accumulating, "resting": resting,
+             "saving": max(tracker.moments[moment].bytes for moment in ("checkpoint", "export")) - resting}  # fmt: skip
     if engine.rank == 0:
         Path(out).write_text(json.dumps(found))
     engine.close()
