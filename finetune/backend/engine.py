@@ -133,7 +133,11 @@ class Engine:
         else:
             self.optimizer.step()
             self.applied = not self.accelerator.optimizer_step_was_skipped
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        # DDP's buckets are there all the time, and gradients that were taken away would be added up beside them: a second copy
+        self.optimizer.zero_grad(set_to_none=self.strategy.engine != "ddp")
 
     def _clip(self, limit: float) -> float:
         parameters = list(self.module.parameters())
@@ -183,7 +187,7 @@ class Engine:
         """
         if self.strategy.engine == "ddp":
             (self.module(self._to_device(batch)) * 0.0).backward()
-            self.optimizer.zero_grad(set_to_none=True)
+            self._clear_gradients()
 
     def gather_state(self, only_trained: bool = False) -> dict[str, Tensor]:
         """Whole parameters and buffers by name (without the wrapper's prefix), on the CPU of rank 0; {} elsewhere.

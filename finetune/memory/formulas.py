@@ -74,21 +74,20 @@ def resident_plain(weights: Weights, ranks: int, optim: str, on_cpu: bool, accum
 
     Mixed precision changes nothing here: weights, gradients and moments stay float32, and what autocast makes of the weights is part of
     the activations. `accumulates`: windows have more than one micro-batch, and the second one's forward meets gradients.
-    DDP with gradient_as_bucket_view keeps gradients in its buckets, all the time; micro-batches before the window's last one
-    (no_sync) add theirs up outside, because zero_grad has cut the views: a second copy (torch 2.13, reducer.cpp,
-    mark_variable_ready_dense; seen on two real ranks).
+    DDP with gradient_as_bucket_view keeps gradients in its buckets, all the time (torch 2.13, reducer.cpp); the engine clears them in
+    place, so that windows of several micro-batches add up there, too.
     """
     trained = [weight for weight in weights.all if weight.trained]
     sizes = [weight.elements for weight in trained]
     gradients = sum(w.elements * w.bytes_each for w in trained)
     largest = max((w.elements * w.bytes_each for w in trained), default=0)
     ddp = ranks > 1
-    standing = gradients * (ddp + accumulates)
+    standing = gradients * (ddp or accumulates)
     device = {"parameters": weights.bytes + weights.buffers_bytes, "gradients": standing,
               "optimizer states": optimizer_bytes(sizes, optim)}  # fmt: skip
     coming = {} if standing else {"gradients": gradients}
     step = coming | ({"buffers": _adamw_buffers(sizes)} if on_cpu and optim == "adamw" else {})
-    backward = coming | ({"buffers": largest} if ddp and not accumulates else {})  # a gradient on its way into the bucket
+    backward = coming | ({"buffers": largest} if ddp else {})  # a gradient on its way into the bucket
     return Resident(
         device=device,
         backward={"device": backward} if backward else {},
