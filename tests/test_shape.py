@@ -21,18 +21,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS: dict[str, int] = {
     **dict.fromkeys(("train", "cli", "__main__", "launcher"), 9),
     **dict.fromkeys(("run", "follow", "resume", "launching", "check", "verify", "inspect_data", "generate", "merge",
-                     "checkpoints", "checkpoint_export", "out_of_memory"), 8),
+                     "checkpoints", "checkpoint_export", "out_of_memory", "confirm"), 8),
     **dict.fromkeys(("loop", "job", "one_batch"), 7),
     **dict.fromkeys(("trained",), 6),
     **dict.fromkeys(("model", "data", "objectives", "optim", "export", "checkpoint"), 5),
     **dict.fromkeys(("backend",), 4),
     **dict.fromkeys(("report",), 3),
-    "memory": 2, "memory.trace": 6,
+    **dict.fromkeys(("memory.trace", "memory.estimate", "memory.auto", "memory.account"), 6), "memory": 2,
     **dict.fromkeys(("windows", "schedule", "noise_scale", "preflight", "manifest", "snapshots", "run_lock", "stopping", "spikes",
                      "output_folder", "watchdog", "limits"), 1),
     **dict.fromkeys(("launch", "launch_args", "launch_file", "compatibility"), 0),
     **dict.fromkeys(("recipe", "recipe_check", "recipe_fields", "recipe_include", "recipe_rules", "recipe_yaml"), 0),
-    **dict.fromkeys(("suggest", "foreign_names", "errors", "exits", "ends", "whereabouts", "redact"), 0),
+    **dict.fromkeys(("suggest", "foreign_names", "errors", "exits", "ends", "whereabouts", "redact", "sizes"), 0),
 }
 TORCH_FREE = [room for room, row in ROWS.items() if row <= 1] + ["run", "launching", "verify", "checkpoints", "cli", "backend.parents"]
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "bitsandbytes")

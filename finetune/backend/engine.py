@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from finetune.backend import deepspeed as ds
 from finetune.backend.gradient_watch import GradientWatch
+from finetune.backend.meter import Meter
 from finetune.backend.probe import check_world, has_accelerator
 from finetune.errors import UserError
 from finetune.launch import Strategy
@@ -48,6 +49,7 @@ class Engine:
     max_grad_norm: float
     module: nn.Module = field(init=False, repr=False)
     optimizer: torch.optim.Optimizer = field(init=False, repr=False)
+    meter: Meter = field(default_factory=Meter, repr=False)
     last_grad_norm: float = field(init=False, default=math.nan)
     applied: bool = field(init=False, default=False)
 
@@ -85,12 +87,16 @@ class Engine:
         Returns the micro-batch's summed loss, detached. `denominator` is the window's, over all ranks.
         """
         self.accelerator.sync_gradients = last
-        with self._reduce_only_when(last):
-            summed_loss = self.module(self._to_device(batch))
-            steps = self.accelerator.gradient_accumulation_steps
-            self.accelerator.backward(summed_loss * (self.ranks * steps / denominator))
-        if last:
-            self._end_window()
+        with self.meter.micro_step(batch, last, self.module, self.optimizer):
+            with self._reduce_only_when(last):
+                summed_loss = self.module(self._to_device(batch))
+                self.meter.point("forward", self.module, self.optimizer)
+                steps = self.accelerator.gradient_accumulation_steps
+                self.accelerator.backward(summed_loss * (self.ranks * steps / denominator))
+                self.meter.point("backward", self.module, self.optimizer)
+            if last:
+                self._end_window()
+                self.meter.point("step", self.module, self.optimizer)
         return summed_loss.detach()
 
     def watch_gradients(self, denominator: float) -> GradientWatch:

@@ -8,7 +8,7 @@ same storages each time (tests/test_memory_trace.py compares with whole models).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,24 +48,39 @@ class Numbers:
     on_cpu: bool = True
 
 
+Series = dict[str, list[dict[str, int]]]  # of each part of a window, the bytes alive by kind, whenever they grew
+
+
 @dataclass(frozen=True)
 class Profile:
-    """What is alive at the peak of each part of a window, by kind, from the second window on; and the parameters of the whole model."""
+    """What is alive in each part of a window, from the second window on; and the parameters of the whole model."""
 
-    parts: dict[str, dict[str, int]]
+    series: Series
     weights: Weights
 
     @property
     def peak(self) -> str:
         """The part that sets the peak."""
-        return max(self.parts, key=lambda name: sum(self.parts[name].values()))
+        return max(self.series, key=lambda part: _most(self.series[part]))
 
     @property
     def peak_bytes(self) -> int:
-        return sum(self.parts[self.peak].values())
+        return _most(self.series[self.peak])
+
+    def most(self, part: str, kinds: Container[str]) -> dict[str, int]:
+        """What is alive of these kinds when it is most, in the parts that belong to this part of the run (`part_of`)."""
+        chosen = [{kind: size for kind, size in alive.items() if kind in kinds}
+                  for name, series in self.series.items() if part_of(name) == part for alive in series]  # fmt: skip
+        return max(chosen, key=lambda alive: sum(alive.values()), default={})
 
 
-Series = dict[str, list[dict[str, int]]]  # of each part, what was alive whenever that grew
+def part_of(traced_part: str) -> str:
+    """The part of the run that a traced part belongs to: forward, loss, layer (the backward) or optimizer step."""
+    return "layer" if traced_part.startswith("backward") else "forward" if traced_part.startswith("forward") else traced_part
+
+
+def _most(alive: list[dict[str, int]]) -> int:
+    return max(sum(kinds.values()) for kinds in alive)
 
 
 def profile(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers) -> Profile:
@@ -82,7 +97,7 @@ def profile(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int,
         series = continued(*traced, (depth - short) // period)
     else:
         series = trace(loaded, facts, shape, micro_batches, numbers, None, period)
-    return Profile({part: max(alive, key=lambda kinds: sum(kinds.values())) for part, alive in series.items()}, weights)
+    return Profile(series, weights)
 
 
 def continued(first: Series, second: Series, times: int) -> Series:
@@ -143,7 +158,9 @@ def trace(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, n
         tracker.forget(batch.values())
         with tracker, _watched(network, tracker, period):
             tracker.hold([*network.parameters(), *network.buffers()], "parameters")
-            _window(module, optimizer, batch, 1, numbers, tracker, loaded.recipe.training.max_grad_norm)
+            for parameter in network.parameters():  # a step without a backward before it: only to make the optimizer's states
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            _window(module, optimizer, batch, 0, numbers, tracker, loaded.recipe.training.max_grad_norm)
             for parameter in network.parameters():
                 tracker.hold([t for t in optimizer.state.get(parameter, {}).values() if isinstance(t, Tensor)], "optimizer states")
             tracker.series.clear()
