@@ -13,6 +13,7 @@ import tiny_models
 from launch_support import ROOT, free_port, run
 
 from finetune import model, recipe
+from finetune.backend.deepspeed import op_is_built
 from finetune.launch import Strategy
 from finetune.memory.trace import Numbers, Profile, Shape, profile
 from finetune.memory.weights import Resident, Weight, Weights
@@ -147,10 +148,10 @@ def test_one_rank_holds_a_large_model_with_offload(name, target):
         assert settings["offload_optimizer.buffer_count"] >= 4
     found = resident(weights, strategy, "adamw", settings, on_cpu=False)
     device = total(found.device, found.backward.get("device", {})) + found.gathered_bytes
-    assert device < 14 * 2**30, device / 2**30  # of 40 GB: room for activations
+    assert device < 15 * 2**30, device / 2**30  # of 40 GB: room for activations
     if target == "nvme":
-        buffers = found.host["buffers"]
-        assert buffers < 25 * 2**30, buffers / 2**30
+        buffers = found.host["buffers"]  # most of them as large as an embedding of 128,256 rows
+        assert buffers < 30 * 2**30, buffers / 2**30
 
 
 def test_settings_depend_on_nothing_but_model_and_strategy_and_given_ones_stand():
@@ -166,8 +167,8 @@ def test_settings_depend_on_nothing_but_model_and_strategy_and_given_ones_stand(
 
 def cases(ranks: int) -> list[dict]:
     """ZeRO-3 last: zero.Init leaves torch's linear layers patched."""
-    found = [case_of(engine, precision, kind) for engine, precision, kind in product(ENGINES, ("no", "bf16"), ("full", "LoRA"))
-             if engine != "ZeRO-1" or ranks == 2 and kind == "full"]  # fmt: skip
+    found = [case_of(*which) for which in product(ENGINES, ("no", "bf16"), ("full", "LoRA"))
+             if ranks == 2 and which != ("ZeRO-1", "no", "LoRA") or which[0] != "ZeRO-1" and which[1:] != ("no", "LoRA")]  # fmt: skip
     yardstick = case_of("ZeRO-2", "no", "full") | {"name": "ZeRO-2, fp32, full, one bucket", "settings": {}}
     return [yardstick, *sorted(found, key=lambda case: case["stage"])]
 
@@ -231,16 +232,12 @@ def expected(case: dict, seen: dict, ranks: int, path: Path) -> tuple[Resident, 
     return held, max(window.values())
 
 
-def after_prepare(case: dict, held: Resident) -> float:
-    """Without what comes with the first window: moments, its gradients, small parameters made whole."""
-    return total(held.device, held.host)
-
-
 @pytest.mark.slow
 def test_a_windows_peak_is_predicted(found, folder):
     ranks, pairs = found
     rows = [(case["name"], seen["peak"], expected(case, seen, ranks, folder / "some" / "recipe.yaml")[1]) for case, seen in pairs]
-    print("\n".join(f"{ranks} ranks, {name}: measured {peak:,}, predicted {wanted:,.0f} ({wanted / peak - 1:+.1%})" for name, peak, wanted in rows))
+    for name, peak, wanted in rows:
+        print(f"{ranks} rank{'s' * (ranks > 1)}, {name}: measured {peak:,}, predicted {wanted:,.0f} ({wanted / peak - 1:+.2%})")
     wrong = [row for row in rows if abs(row[2] / row[1] - 1) > CLOSE]
     assert not wrong, wrong
 
@@ -252,3 +249,35 @@ def test_small_buckets_and_sub_groups_change_no_weight(found):
     limits = {"no": 2e-6, "bf16": 4 * 2.0**-9}
     wrong = [(case["name"], seen["difference"]) for case, seen in pairs if not seen["difference"] <= limits[case["precision"]]]
     assert not wrong, wrong
+
+
+@pytest.mark.slow
+def test_the_effective_configuration_says_what_runs(found):
+    _, pairs = found
+    for case, seen in pairs:
+        section = seen["configuration"]["zero_optimization"]
+        assert section["stage"] == case["stage"] and seen["configuration"]["gradient_clipping"] == 1.0
+        assert section["reduce_bucket_size"] == seen["settings"]["reduce_bucket_size"]
+        if case["stage"] == 3:
+            assert section["sub_group_size"] == seen["settings"]["sub_group_size"]
+        assert section["overlap_comm"] is (case["stage"] == 3)  # a default of DeepSpeed's
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not op_is_built("async_io"), reason="DeepSpeed's async_io is not compiled here, which takes minutes and libaio")
+def test_nvme_takes_what_is_predicted(folder):
+    limits = {"sub_group_size": 3_000_000, "stage3_param_persistence_threshold": 1_000, "offload_param.max_in_cpu": 4_000_000}
+    planned = []
+    for param in ("none", "nvme"):
+        (folder / f"nvme_{param}").mkdir()
+        planned.append(case_of("ZeRO-3", "bf16", "full") | {
+            "name": f"optimizer on NVMe, parameters: {param}", "offload_optimizer": "nvme", "offload_param": param,
+            "nvme_path": str(folder / f"nvme_{param}"), "settings": {k: v for k, v in limits.items() if param == "nvme" or "param" not in k},
+        })  # fmt: skip
+    for case, seen in zip(planned, measured(folder, 1, planned, "large"), strict=True):
+        held, peak = expected(case, seen, 1, folder / "large" / "recipe.yaml")
+        print(f"1 rank, {case['name']}: measured {seen['peak']:,}, predicted {peak:,.0f}; prepared {seen['prepared']:,},"
+              f" {total(held.device, held.host):,.0f}; NVMe {seen['nvme']:,}, {total(held.nvme):,.0f}")  # fmt: skip
+        assert abs(peak / seen["peak"] - 1) < CLOSE, case["name"]
+        assert abs(total(held.device, held.host) / seen["prepared"] - 1) < 0.001, case["name"]  # the moments are on the disk
+        assert abs(total(held.nvme) / seen["nvme"] - 1) < CLOSE, case["name"]

@@ -63,8 +63,9 @@ def _stage_2_gradients(at: Layout, part: int) -> None:
     else:
         whole = GRADIENT_BYTES * sum(touching)
         window["device"][GRADIENTS] += whole
-        if at.accumulates:
-            at.flush["device"][GRADIENTS] += whole
+        if at.accumulates:  # with one bucket for all its flattened copy is gone by then
+            gone = GRADIENT_BYTES * at.weights.trained_elements if at.ranks > 1 and at.weights.trained_elements <= at.bucket else 0
+            at.flush["device"][GRADIENTS] += max(0, whole - gone)
         flat = GRADIENT_BYTES * part
         at.step["device"][BUFFERS] += max(flat, flat - whole + at.step_bytes * part)
 
