@@ -34,8 +34,8 @@ def budget_bytes(settled: Settled) -> tuple[float, str]:
 
 
 def needed_bytes(found: Estimate) -> float:
-    """What is held against the budget."""
-    return found.step_bytes if found.on_cpu else found.device_needed.expected
+    """What is held against the budget: on the CPU the most that tensors may take, exact for one process."""
+    return found.host.high / found.host.expected * found.step_bytes if found.on_cpu else found.device_needed.expected
 
 
 def choose_micro_batch(settled: Settled, facts: ModelFacts, longest_tokens: int, say: Callable[[str], None]) -> BatchPlan:

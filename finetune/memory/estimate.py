@@ -27,6 +27,7 @@ DEVICE_CONTEXT_BYTES = 0.6 * 2**30
 FRAGMENTED_SHARE = 0.05
 HOST_LIBRARIES_BYTES = 0.5 * 2**30
 TRACED_SPREAD = (0.97, 1.05)  # other kernels than the traced ones: attention, workspaces
+ENGINE_SPREAD = (0.9, 1.1)  # what DDP and ZeRO hold is arithmetic; one process on the CPU is traced to the byte
 FORMULA_SPREAD = (0.6, 1.8)  # of activations and losses where nothing was traced
 
 
@@ -103,7 +104,8 @@ def estimate(loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape
     parts = {place: {**_edge(resident, place, "load"), **window[place], **_edge(resident, place, "save")} for place in ("device", "host")}
     if on_cpu:
         parts = {"device": {}, "host": {part: _sum(parts["device"].get(part, {}), parts["host"].get(part, {})) for part in parts["device"]}}
-    ranges = {place: _range(parts[place], TRACED_SPREAD if not on_cpu else (1.0, 1.0)) for place in parts}
+    spread = TRACED_SPREAD if not on_cpu else (1.0, 1.0) if strategy.engine == "single" else ENGINE_SPREAD
+    ranges = {place: _range(parts[place], spread) for place in parts}
     kept = loaded.recipe.checkpoint.save_total_limit
     disk = formulas.checkpoints_bytes(seen.weights, loaded.recipe.training.optim, kept, DTYPE_BYTES[facts.export_dtype])
     return Estimate(parts, ranges["device"], ranges["host"], sum(resident.nvme.values()), disk, True, seen.weights, on_cpu)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.memory.weights import Weights
+
 LOW, HIGH = 0.6, 1.8  # of the expected value; traced Llama and Qwen3 are within a tenth of it, an unknown architecture need not be
 LORA_FACTOR = 17.0 / 11.7  # traced: Llama-2-7B, 1 x 2048, adapters on every linear layer, against full fine-tuning
 LOSS_BYTES = 12  # per logit: log-softmax, its gradient and the logits' in float32, all alive when the backward begins
@@ -57,7 +59,7 @@ def guess_activations(
     begins, and "layer", when that of the last layer does and the logits are gone.
 
     With checkpointing every layer keeps its input, and one layer at a time is whole again. `autocast`: float32 weights in a bf16 or
-    fp16 run without DeepSpeed; the casts of the weights are not in here. The loss: objectives/sft.py.
+    fp16 run without DeepSpeed; `cast_bytes` come on top, without checkpointing until the backward, else until the loss. The loss: objectives/sft.py.
     """
     count = rows * tokens
     one = layer_bytes(shape, count, compute_bytes, autocast) * (LORA_FACTOR if lora else 1.0)
@@ -66,6 +68,14 @@ def guess_activations(
     whole = kept + one if checkpointing else kept
     loss = {"activations": _around(kept), "logits and loss": _around(float(LOSS_BYTES * count * shape.vocabulary))}
     return {"loss": loss, "layer": {"activations": _around(whole)}}
+
+
+def cast_bytes(weights: Weights) -> float:
+    """What autocast's 16-bit copies of float32 weights take during a forward (torch 2.13, autocast_mode.cpp, keeps them to its end):
+    all that are trained, but of those outside the layers only the largest, which is the head's.
+    """
+    layers = sum(w.elements for w in weights.all if w.trained and w.layer is not None)
+    return 2.0 * (layers + max((w.elements for w in weights.all if w.trained and w.layer is None), default=0))
 
 
 def _around(expected: float) -> Range:
