@@ -54,6 +54,8 @@ def say(text: str) -> None:
 def run_case(case: Case, setup: Setup, deadline: float) -> dict:
     """The case in a process of its own: its row of the result. Whatever happens to it, everything it started is gone afterwards."""
     row = {"name": case.name, "group": case.group, "status": "not run", "why": "", "seconds": 0.0, "figures": None, "output": []}
+    if setup.small and case.not_on_cpu:
+        return row | {"why": case.not_on_cpu}
     left = deadline - time.monotonic()
     if left < case.seconds(setup.small):
         return row | {"why": "time"}
@@ -161,14 +163,14 @@ def version(package: str) -> str:
 
 
 def chosen(only: str) -> list[Case]:
-    """The cases whose names or groups are in the list, and what they need. Raises SystemExit for a name that is none."""
+    """The cases whose names or groups are in the list, and what they need. Raises ValueError for a name that is none."""
     if not only:
         return [case for case in CASES.values() if not case.hidden]
     wanted = [word.strip() for word in only.split(";")]
     unknown = [word for word in wanted if not any(word in (case.name, case.group) for case in CASES.values())]
     if unknown:
         names = "\n  ".join(case.name for case in CASES.values() if not case.hidden)
-        raise SystemExit(f"gpu_suite: --only {unknown[0]!r} is neither a group nor a case. Several are separated by ';'. Cases:\n  {names}")
+        raise ValueError(f"--only {unknown[0]!r} is neither a group nor a case. Several are separated by ';'. Cases:\n  {names}")
     found = [case for case in CASES.values() if case.name in wanted or case.group in wanted]
     needed = {name for case in found for name in case.needs}
     return [case for case in CASES.values() if case in found or case.name in needed]
@@ -201,7 +203,11 @@ def main() -> None:
         return inside(options.run_case, Setup(options.work, options.cpu_small))
     if options.cpu_small and not options.out:
         parser.error("--cpu-small needs --out FOLDER: its figures are no benchmark")
-    cases, out = chosen(options.only), options.out or ROOT / "docs/benchmarks"
+    try:
+        cases = chosen(options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    out = options.out or ROOT / "docs/benchmarks"
     out.mkdir(parents=True, exist_ok=True)
     document = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
