@@ -146,12 +146,12 @@ def run_all(cases: list[Case], setup: Setup, minutes: float, done) -> list[dict]
 
 
 def commit() -> str:
-    """The commit of this checkout, with "dirty" where it was changed; "unknown" without git."""
+    """The commit of this checkout, with "dirty" where it was changed. Of a copy without git what GPU_SUITE_COMMIT says, or "unknown"."""
     try:
         name, changed = (subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
                          for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GPU_SUITE_COMMIT", "unknown")
     return name + " dirty" * bool(changed)
 
 

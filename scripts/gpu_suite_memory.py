@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import yaml
-from gpu_suite_setup import NotRun, Setup
+from gpu_suite_setup import Setup, build_op
 from launch_support import launch_file, train
 from make_tiny_model import TEXT
 
@@ -22,14 +22,12 @@ def measure(setup: Setup, folder: Path, layout: dict | None = None, overrides: d
             model: str = "small") -> dict:  # fmt: skip
     """`accelerate launch finetune/train.py` on rows of full length; `steps` micro-batches per optimizer step.
 
-    Raises NotRun where NVMe offload has no op to do it with, RuntimeError with the trainer's last words when it fails.
+    Raises NotRun where the op of NVMe offload does not build, RuntimeError with the trainer's last words when it fails.
     """
     parameters = setup.prepared("prepare models")["parameters"][setup.model(model).name]
     options = setup.launch | (layout or {})
     if "nvme" in options.values():
-        built = setup.prepared("prepare ops")["async_io"]
-        if built != "built":
-            raise NotRun(f"async_io: {built}")
+        build_op(setup, "async_io")
         setup.disk.mkdir(exist_ok=True)
         options |= {f"offload_{what}_nvme_path": str(setup.disk) for what in ("optimizer", "param")}
     config, recipe = launch_file(folder / "launch.yaml", **options), write_recipe(setup, folder, setup.model(model), steps)

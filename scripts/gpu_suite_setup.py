@@ -127,28 +127,31 @@ def host_bytes() -> int:
     return psutil.virtual_memory().total
 
 
-def prepare_ops(setup: Setup, folder: Path) -> dict:
-    """DeepSpeed's C++ ops built, or why not. The small run builds only what offload needs: async_io takes minutes."""
+def prepare_op(setup: Setup, folder: Path) -> dict:
+    """DeepSpeed's CPU Adam built, which offload needs."""
+    build_op(setup, "cpu_adam")
+    return setup.leave("prepare CPU Adam", {"cpu_adam": "built"})
+
+
+def build_op(setup: Setup, name: str) -> None:
+    """Build DeepSpeed's C++ op cpu_adam or async_io unless it is. Raises NotRun with the reason where it cannot be built; the small
+    run does not build async_io, which takes minutes.
+    """
     from finetune.backend.deepspeed import op_is_built
     from finetune.backend.probe import prepare_libraries
 
     prepare_libraries(use_cpu=setup.small)
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 
-    found = {}
-    for builder in (CPUAdamBuilder(), AsyncIOBuilder()):
-        name = builder.name
-        if not op_is_built(name) and setup.small and name == "async_io":
-            found[name] = "not built on this machine yet, and --cpu-small does not build it"
-        elif not builder.is_compatible(verbose=True):
-            found[name] = "DeepSpeed says that it cannot be built here (async_io needs libaio-dev)"
-        else:
-            try:
-                builder.load(verbose=False)
-                found[name] = "built"
-            except Exception as error:  # noqa: BLE001 - any compiler's failure is what the row says
-                found[name] = f"does not build: {' '.join(str(error).split())[:300]}"
-    return setup.leave("prepare ops", found)
+    builder = {"cpu_adam": CPUAdamBuilder, "async_io": AsyncIOBuilder}[name]()
+    if setup.small and name == "async_io" and not op_is_built(name):
+        raise NotRun("async_io is not built on this machine yet, and --cpu-small does not build it: it takes minutes")
+    if not builder.is_compatible(verbose=True):
+        raise NotRun(f"DeepSpeed says that {name} cannot be built here{' (libaio-dev missing?)' * (name == 'async_io')}")
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # noqa: BLE001 - any compiler's failure is what the row says
+        raise NotRun(f"{name} does not build: {' '.join(str(error).split())[:300]}") from error
 
 
 def hang(setup: Setup, folder: Path) -> None:
