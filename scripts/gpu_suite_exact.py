@@ -13,7 +13,7 @@ from exactness import measure as measure_launch
 from exactness import worst
 from gpu_suite_setup import Setup
 from launch_support import accelerate, environment, launch_file, train
-from resume_table import KILLED, KILLED_AT, RUNS, Run, differences, logged, overrides_of
+from resume_table import KILLED, KILLED_AT, Run, differences, logged, overrides_of
 from tiny_models import small_recipe
 
 SEED = 5

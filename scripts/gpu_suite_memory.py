@@ -55,7 +55,7 @@ def write_recipe(setup: Setup, folder: Path, model: Path, steps: int) -> Path:
 
 
 class DeviceWatch:
-    """Memory that the device itself says is in use, sampled while a case has it alone: the rise, in `rise_bytes`; None without nvidia-smi."""
+    """What the device itself says is in use, sampled while a case has it alone: the rise, `rise_bytes`; None without nvidia-smi."""
 
     QUERY = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0")
 
