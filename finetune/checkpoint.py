@@ -29,7 +29,7 @@ BYTES_PER_TRAINED_PARAMETER = 16  # at most: DeepSpeed's weights in 16 bits, flo
 PATIENCE_SECONDS = 60
 # Keys that change neither the rows of a window nor what is done with them.
 FREE_KEYS = ("output_dir", "include", "logging.", "checkpoint.", "evaluation.", "training.per_device_train_batch_size",
-             "training.gradient_accumulation_steps", "training.gradient_checkpointing",
+             "training.gradient_accumulation_steps", "training.gradient_checkpointing", "training.device_memory",
              "training.stop_on_loss_spike", "training.step_timeout_seconds")  # fmt: skip
 
 

@@ -17,12 +17,27 @@ from finetune.backend.selfcheck import check_scale
 from finetune.data import PreparedData, StreamRows, TokenRows
 from finetune.errors import UserError
 from finetune.launch import Strategy
+from finetune.memory.auto import choose_micro_batch
+from finetune.memory.estimate import Estimate, estimate
+from finetune.memory.trace import Shape
 from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
 from finetune.recipe import Loaded
 from finetune.schedule import Schedule, batch_schedule, lr_scaling, warmup_steps_of
 from finetune.watchdog import ranks_wait
-from finetune.windows import BatchPlan, Position, Window, deal, epoch_rows, next_window, planned_windows, stream_window
+from finetune.windows import (
+    BatchPlan,
+    Position,
+    Window,
+    deal,
+    epoch_rows,
+    largest_micro_batch,
+    next_window,
+    planned_windows,
+    row_order,
+    rows_of_epoch,
+    stream_window,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,7 @@ class Plan:
     tokenizer: object
     data: PreparedData
     schedule: Schedule
+    chosen: bool = False  # whether the micro-batch was chosen by memory, and is to be confirmed on the device
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,32 @@ class Job:
         return data.collate([source.row(i) for i in rows], padding)
 
 
+def largest_shape(plan: Plan) -> Shape:
+    """The micro-batch of this run with the most tokens: exact for a constant batch over rows in memory, else the most there could be."""
+    recipe, batch, train = plan.loaded.recipe, plan.batch, plan.data.train
+    training = recipe.training
+    sizes = plan.schedule.batch
+    if recipe.data.streaming:
+        return Shape(batch.per_device_rows, recipe.data.max_length, batch.per_device_rows > 1)
+    if sizes.varies or sizes.adapts:
+        return Shape(batch.per_device_rows, int(train.lengths.max()), batch.per_device_rows > 1)
+    left = plan.schedule.planned_steps * batch.global_batch_rows
+    epochs = training.num_train_epochs if training.max_steps is None else math.inf
+    found, epoch = [], 0
+    while left > 0 and (rows := rows_of_epoch(len(train), epochs, epoch)):
+        order = row_order(len(train), training.seed, epoch)[: min(rows, left)]
+        found.append(largest_micro_batch(train.lengths, order, batch.global_batch_rows, batch.per_device_rows))
+        # a window never spans two epochs: the last one of an epoch may be short, and still is a step
+        left -= math.ceil(rows / batch.global_batch_rows) * batch.global_batch_rows
+        epoch += 1
+    return Shape(*max(found, key=lambda one: (one[0] * one[1], one[2])))
+
+
+def forecast(plan: Plan, shape: Shape) -> Estimate:
+    """The memory of this run before it starts, `shape` being its largest micro-batch."""
+    return estimate(plan.loaded, plan.facts, plan.strategy, shape, plan.batch.accumulation_steps, on_cpu=not has_accelerator())
+
+
 def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> Plan:
     """Everything that can be wrong before weights are read. No process group: every rank calls it by itself.
 
@@ -115,7 +157,10 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
     facts = check_rows(loaded, strategy, facts, tokenizer, prepared)
     rows = 0 if loaded.recipe.data.streaming else len(prepared.train)  # a stream has max_steps
     schedule = make_schedule(loaded, batch, rows)
-    return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule)
+    if chosen := batch.open:
+        longest = loaded.recipe.data.max_length if loaded.recipe.data.streaming else int(prepared.train.lengths.max())
+        batch = choose_micro_batch(settled, facts, longest, say)
+    return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule, chosen)
 
 
 def check_rows(
@@ -157,16 +202,33 @@ def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
     )
 
 
-def assemble(plan: Plan, say: Callable[[str], None]) -> Job:
-    """Check the engine's scale, start it, load the model, build the optimizer, prepare. A collective. Raises UserError."""
+def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> Job:
+    """Check the engine's scale, start it, load the model, build the optimizer, prepare. A collective. Raises UserError.
+
+    With `measure` the engine's meter keeps what memory is taken for from the start.
+    """
     most_steps = plan.batch.steps(plan.schedule.batch.largest_rows)
     patience = ranks_wait(plan.loaded.recipe.training.step_timeout_seconds)
     settings = (plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, say, patience)
     scale_check = check_scale(*settings)
     engine = backend_engine.start(*settings)
-    network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
-    trained, parameters = model.parameter_counts(network, parameter_elements)
-    optimizer = make_optimizer(network, plan.loaded.recipe, plan.strategy)
-    name = optimizer_name(optimizer)
-    engine.prepare(SummedLoss(network), optimizer)
+    _refuse_unequal(plan, engine)
+    engine.meter.enabled = measure
+    with engine.meter.assembling():
+        network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
+        engine.meter.point("load", network)
+        trained, parameters = model.parameter_counts(network, parameter_elements)
+        optimizer = make_optimizer(network, plan.loaded.recipe, plan.strategy)
+        name = optimizer_name(optimizer)
+        engine.prepare(SummedLoss(network), optimizer)
+        engine.meter.point("prepare", engine.module, engine.optimizer)
     return Job(plan, engine, {"parameters": parameters, "trained_parameters": trained, "optimizer": name}, scale_check)
+
+
+def _refuse_unequal(plan: Plan, engine: backend_engine.Engine) -> None:
+    """Raises UserError where ranks chose different micro-batches, because their devices differ. A collective."""
+    rows = engine.gather_objects(plan.batch.per_device_rows) if plan.chosen else [0]
+    if min(rows) < max(rows):
+        key = "training.device_memory"
+        raise UserError(f"{plan.loaded.where(key)}: {key} is auto, and the ranks' devices differ: they would take {rows} rows per micro-batch."
+                        f" Set {key} to what the smallest one has.")  # fmt: skip

@@ -31,12 +31,10 @@ class ModelFacts:
 
 def facts(loaded: Loaded) -> ModelFacts:
     """Read the model's config. Raises UserError (with the recipe's line) when there is none to read, or none to train."""
-    from transformers import AutoConfig
-
     section = loaded.recipe.model
     try:
         with optional_packages():
-            config = AutoConfig.from_pretrained(section.name_or_path, **_source(loaded))
+            config = _config(loaded)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_not_loadable(loaded, "config.json", error)) from error
     where = loaded.where("model.name_or_path")
@@ -58,17 +56,18 @@ def facts(loaded: Loaded) -> ModelFacts:
 
 
 def count_parameters(loaded: Loaded) -> int:
-    """Parameters of the model that the config describes, without reading weights; 0 where its class cannot be built that way."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    section = loaded.recipe.model
+    """Parameters of the base model that the config describes, without reading weights; 0 where its class cannot be built that way."""
     try:
-        with optional_packages(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(section.name_or_path, **_source(loaded))
-            network = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+        network = outline(loaded, facts(loaded))
     except Exception:  # noqa: BLE001 - a model's own code need not stand being built without weights; loading it says what is wrong
         return 0
-    return sum(parameter.numel() for parameter in network.parameters())
+    return sum(p.numel() for p in network.parameters() if loaded.recipe.lora is None or not p.requires_grad)
+
+
+def _config(loaded: Loaded):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(loaded.recipe.model.name_or_path, **_source(loaded))
 
 
 def _source(loaded: Loaded) -> dict:
@@ -144,6 +143,50 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
     plain_4bit_layers(model)
     if model.get_input_embeddings().num_embeddings < model_facts.vocabulary:
         grow_embedding(model, model_facts.vocabulary)
+    return _made_ready(model, loaded, model_facts)
+
+
+def outline(loaded: Loaded, model_facts: ModelFacts, layers: int | None = None, attention: str | None = None) -> nn.Module:
+    """What `load_model` would make, from the config alone and on the meta device: shapes and types, no weights, nothing quantised.
+
+    `layers` builds so many of the repeated layers, `attention` another kernel. Raises what a model's own code raises.
+    """
+    from transformers import AutoModelForCausalLM
+
+    section = loaded.recipe.model
+    attention = attention or (None if section.attn_implementation == "auto" else section.attn_implementation)
+    with optional_packages(), torch.device("meta"):
+        config = _config(loaded)
+        vars(config).pop("quantization_config", None)
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, model_facts.vocabulary)
+        if layers is not None:
+            _shorten(text, layers)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32 if loaded.recipe.lora is None else DTYPES[model_facts.export_dtype],
+            trust_remote_code=section.trust_remote_code, **({"attn_implementation": attention} if attention else {}),
+        )  # fmt: skip
+        return _made_ready(model, loaded, model_facts)
+
+
+def repeats(config) -> int:
+    """After how many layers a model's (text) config says the same again: 1 for most, 6 for five sliding windows and a full attention."""
+    depth = config.num_hidden_layers
+    lists = [list(value) for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == depth]
+    return next(n for n in range(1, depth + 1) if all(seen[n:] == seen[:-n] for seen in lists))
+
+
+def _shorten(config, layers: int) -> None:
+    depth = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == depth:
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
+
+
+def _made_ready(model: nn.Module, loaded: Loaded, model_facts: ModelFacts) -> nn.Module:
+    """A base model with its adapters and recomputed activations, as the recipe says, in training mode."""
+    lora = loaded.recipe.lora
     if lora is not None:
         model = _add_adapters(model, loaded)
     if loaded.recipe.training.gradient_checkpointing:

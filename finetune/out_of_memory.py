@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from finetune import whereabouts
 from finetune.backend.engine import Engine
-from finetune.backend.holdings import device_limit_bytes, holdings, is_out_of_memory, of_the_device, tried_bytes
+from finetune.backend.holdings import holdings, is_out_of_memory, of_the_device, tried_bytes
+from finetune.backend.probe import device_limit_bytes
 from finetune.errors import OutOfMemory
 from finetune.job import Plan
 from finetune.limits import host_memory
@@ -29,7 +30,8 @@ def explained(plan: Plan, engine: Engine | None = None) -> Iterator[None]:
 
 def _message(plan: Plan, engine: Engine | None, error: BaseException) -> str:
     device = of_the_device(error)
-    held = holdings(engine, device)
+    running = engine is not None and hasattr(engine, "optimizer")
+    held = holdings(engine.module.parameters() if running else (), engine.optimizer if running else None, device)
     tried = f" allocating {human_bytes(tried_bytes(error))}" if tried_bytes(error) else ""
     limit = device_limit_bytes() if device else host_memory().limit_bytes
     place = str(whereabouts.here()) if whereabouts.here().words else f"{whereabouts.here()}, loading the model"

@@ -65,8 +65,7 @@ def _too_few_to_measure(loaded: Loaded, batch: BatchPlan) -> list[str]:
     accumulation = loaded.recipe.accumulation
     if accumulation.schedule != "adaptive":
         return []
-    schedule = batch_schedule(accumulation, batch.global_batch_rows, loaded.recipe.training.num_train_epochs)
-    smallest = schedule.rows(0.0, schedule.least_doublings)
+    smallest = _smallest_window(loaded, batch)
     if smallest > batch.per_device_rows:
         return []
     key = "accumulation.smallest"
@@ -77,6 +76,18 @@ def _too_few_to_measure(loaded: Loaded, batch: BatchPlan) -> list[str]:
         f" micro-batch of {batch.per_device_rows}. The gradient noise is measured between the micro-batches of a window: at least two"
         f" must have rows. {change}"
     ]
+
+
+def _smallest_window(loaded: Loaded, batch: BatchPlan) -> int:
+    schedule = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, loaded.recipe.training.num_train_epochs)
+    return schedule.rows(0.0, schedule.least_doublings)
+
+
+def fewest_rows(settled: Settled) -> float:
+    """A micro-batch must have fewer rows than this: an adaptive batch needs two of them in its smallest window."""
+    if settled.loaded.recipe.accumulation.schedule != "adaptive":
+        return math.inf
+    return _smallest_window(settled.loaded, settled.batch)
 
 
 def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from finetune.recipe_fields import EXCLUSIVE, Recipe, Section
+from finetune.recipe_fields import AUTO_OR_SIZE, EXCLUSIVE, Recipe, Section
 from finetune.recipe_rules import recipe_refusals
 from finetune.recipe_yaml import KeyPath, dotted, key_path
+from finetune.sizes import parse_bytes
 from finetune.suggest import closest, suggest, suggest_inside
 
 Problem = tuple[KeyPath, str]  # where it is, and the sentence
@@ -173,13 +174,25 @@ def _sentence(path: KeyPath, field: FieldInfo | None, kind: str, given: Mapping[
     if path == ("data", "packing") and value is True:
         return "data.packing is true, but packing is not available yet: false is the only value."
     hint = ""
-    if isinstance(value, str):
+    if AUTO_OR_SIZE in field.metadata:
+        hint = _no_size(value)
+    elif isinstance(value, str):
         hint = closest(value, _choices(field.annotation))
         if not hint and any(option in (int, float, bool) for option in _options(field.annotation)) and _plain(value):
             hint = " Remove the quotes."
     elif str in list(_options(field.annotation)) and not isinstance(value, (dict, list)):
         hint = " Put quotes around it."
     return f"{name} is {show(value)}; it must be {allowed(field.annotation, field.metadata)}.{hint}"
+
+
+def _no_size(value: Any) -> str:
+    if isinstance(value, str) and (near := closest(value, ["auto"])):
+        return near
+    try:
+        parse_bytes(show(value) if isinstance(value, (dict, list)) else value)
+    except ValueError as error:
+        return f" {error}"
+    return ""
 
 
 def _plain(text: str) -> bool:
@@ -209,6 +222,8 @@ def allowed(annotation: Any, metadata: Any = ()) -> str:
     if get_origin(annotation) is Annotated:
         inner, *extra = get_args(annotation)
         return allowed(inner, [m for e in extra for m in (e.metadata if isinstance(e, FieldInfo) else [e])])
+    if AUTO_OR_SIZE in metadata:
+        return "auto, or a size such as 40GiB"
     if get_origin(annotation) in (Union, UnionType):
         return ", or ".join(allowed(o, metadata) for o in get_args(annotation) if o is not NoneType)
     if get_origin(annotation) is Literal:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from finetune.sizes import PATTERN, parse_bytes
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
@@ -38,6 +40,13 @@ def _a_layer(name: str) -> str:
     return name
 
 
+def _auto_or_size(value: Any) -> Any:
+    if value != "auto":
+        parse_bytes(value)
+    return value
+
+
+AUTO_OR_SIZE = BeforeValidator(_auto_or_size)  # recipe_check.py knows it by itself, to say what parse_bytes says
 Share = Annotated[float, Field(gt=0, le=1)]
 Stage = Annotated[list[Share], Field(min_length=2, max_length=2)]
 LayerName = Annotated[NonEmpty, AfterValidator(_a_layer)]
@@ -171,6 +180,8 @@ class TrainingSection(Section):
     """The whole window's gradient is scaled down to this norm; 0 does not clip."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward: less memory, about a third more time, the same mathematics."""
+    device_memory: Annotated[str, AUTO_OR_SIZE, Field(json_schema_extra={"pattern": f"^(auto|{PATTERN})$"})] = "auto"
+    """Memory of a device that micro-batches chosen by `auto` must fit; auto is the device's, less a margin."""
     deterministic: bool = False
     """Only kernels that give the same bits every time: slower on a GPU, and an operation that has none ends the run with its name."""
     stop_on_loss_spike: bool = True

@@ -66,39 +66,40 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
 
     prepare_libraries(strategy.use_cpu, loaded.recipe.training.deterministic)
     from finetune.checkpoint import on_rank_0
-    from finetune.job import assemble, prepare_plan  # torch is imported here: a wrong recipe has been answered by now
+    from finetune.job import assemble  # torch is imported here: a wrong recipe has been answered by now
+    from finetune.memory import account
     from finetune.out_of_memory import explained
     from finetune.resume import begin, facts_of
 
-    plan = prepare_plan(loaded, strategy, console.say)
-    _check_room(plan, output_dir, console)
+    plan, expected, expectation = _planned(loaded, strategy, output_dir, console)
     with explained(plan):
-        job = assemble(plan, console.say)
+        job = assemble(plan, console.say, measure=True)
     if strategy.machines > 1 and not again and _finished(job, output_dir):
         console.say(f"{output_dir} holds a finished run: nothing to do. For another run give another output_dir.")
         return
-    _describe(console, job, output_dir)
+    _describe(console, job, output_dir, expectation)
     for line in advice(loaded, plan.batch, plan.max_grad_norm):
         console.say(line)
     on_rank_0(job.engine, lambda: _claim(output_dir, console))
     facts = facts_of(job)
     progress = begin(job, console, output_dir, facts)
-    document = _document(job) | {"resumed_from_step": progress.position.step or None}
+    document = _document(job) | {"resumed_from_step": progress.position.step or None, "memory": {"predicted": expected}}
     trackers = _start_trackers(job, console, output_dir)
     files = RunFiles(output_dir, job.engine.rank == 0, document, also=trackers.log)
     files.start(loaded.dump(), progress.position.window, [step for step, _ in progress.evaluations])
     try:
         with explained(plan, job.engine):
             summary = _train_and_export(job, files, console, facts, progress)
+        memory = account.compared(expected, job.engine.meter)
     except BaseException as error:  # however it ends, run.json says so; then it goes on its way
         console.end_bar()
         end = exits.settle(error)[1]
         files.update(status="stopped" if end.code == StopRequested.exit_code else "failed", exit_code=end.code, message=end.message)
         trackers.finish()
         raise
-    files.update(status="done", exit_code=0, summary=summary)
+    files.update(status="done", exit_code=0, summary=summary, memory=memory)
     job.engine.wait()
-    _summarise(console, summary, output_dir)
+    _summarise(console, summary, output_dir, account.comparison_lines(memory))
     trackers.finish()  # last: it may wait for somebody's service
     job.engine.close()
 
@@ -113,6 +114,27 @@ def _check_room(plan, output_dir: Path, console) -> None:
     need = limits.host_need(loaded, plan.strategy, parameters, dtype, use_cpu=not has_accelerator())
     limits.check_host(loaded, plan.strategy, need, console.say)
     limits.check_disk(loaded, output_dir, trained, trained * limits.DTYPE_BYTES[dtype], console.say)
+
+
+def _planned(loaded, strategy: Strategy, output_dir: Path, console) -> tuple:
+    """The plan, what it is expected to take (for run.json), and that in a line: all that is known before weights are read.
+
+    Raises UserError where host, disk or device surely have too little.
+    """
+    from finetune.backend.probe import host_bytes
+    from finetune.confirm import confirmed
+    from finetune.job import forecast, largest_shape, prepare_plan
+    from finetune.memory import account
+
+    plan = prepare_plan(loaded, strategy, console.say)
+    _check_room(plan, output_dir, console)
+    if plan.chosen:
+        plan = confirmed(plan, console.say)
+    shape = largest_shape(plan)
+    found = forecast(plan, shape)
+    if warning := account.refuse_what_cannot_fit(plan.loaded, found):
+        console.say(warning)
+    return plan, account.predicted(found, shape, host_bytes()), account.expectation_line(found, shape)
 
 
 def _claim(output_dir: Path, console) -> None:
@@ -196,7 +218,7 @@ def describe_strategy(strategy: Strategy) -> str:
     return ", ".join([*parts, precision[strategy.mixed_precision]])
 
 
-def _describe(console, job, output_dir: Path) -> None:
+def _describe(console, job, output_dir: Path, expectation: str) -> None:
     from finetune.backend.probe import device_name
 
     plan, described = job.plan, job.description
@@ -224,21 +246,20 @@ def _describe(console, job, output_dir: Path) -> None:
         "schedule": f"{length}, {learning_rate_line(plan.loaded, plan.batch)}, {settings.training.lr_scheduler_type}"
         f" after {warmup}, {clipping}",
         "runs on": f"{device_name()}: {describe_strategy(plan.strategy)}",
+        "memory": expectation,
         "output": str(output_dir),
     })  # fmt: skip
 
 
-def _summarise(console, summary: dict, output_dir: Path) -> None:
-    from finetune.report.console import human_bytes, human_seconds
+def _summarise(console, summary: dict, output_dir: Path, memory: dict[str, str]) -> None:
+    from finetune.report.console import human_seconds
 
     rows = {"steps": f"{summary['steps']} in {human_seconds(summary['seconds'])},"
             f" {summary['tokens_per_second']:,.0f} trained tokens/s"}  # fmt: skip
     if summary["eval_loss_first"] is not None:
         first, last = summary["eval_loss_first"], summary["eval_loss_last"]
         rows["held-out loss"] = f"{first:.4f} -> {last:.4f} ({(last - first) / first:+.1%})"
-    if summary["device_peak_bytes"]:
-        rows["device peak"] = human_bytes(summary["device_peak_bytes"])
-    rows["host peak"] = f"{human_bytes(summary['host_peak_bytes'])} (rank 0)"
+    rows |= memory
     rows["model"] = summary["model"]
     rows["metrics"] = str(output_dir / "metrics.jsonl")
     console.say("done")

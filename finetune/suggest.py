@@ -9,11 +9,7 @@ from typing import Any
 from finetune.foreign_names import FOREIGN, NO_ZENFLOW, SAID_IN_WORDS
 
 # Keys that are planned but do nothing yet; they do not exist until they work.
-LATER = frozenset(
-    "training.objective "
-    "training.pure_bf16 "
-    "training.device_memory training.global_batch_tokens".split()
-)
+LATER = frozenset(("training.objective", "training.pure_bf16", "training.global_batch_tokens"))
 
 
 def suggest(section: str, key: str, own: Mapping[str, Iterable[str]]) -> str:

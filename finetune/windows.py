@@ -34,6 +34,7 @@ class BatchPlan:
     per_device_rows: int
     accumulation_steps: int
     ranks: int
+    open: bool = False  # the micro-batch is chosen by memory once the model and the rows are known; until then it is one row
 
     def steps(self, rows: int) -> int:
         """K of a window of `rows` rows."""
@@ -49,6 +50,11 @@ class BatchPlan:
 
     def line(self) -> str:
         """One line for people: the product and its factors."""
+        if self.open:
+            return (
+                f"{self.global_batch_rows} rows per optimizer step over {self.ranks} rank{'s' if self.ranks != 1 else ''}; micro-batches"
+                " (auto) are the largest that fit training.device_memory"
+            )
         return (
             f"{self.global_batch_rows} rows per optimizer step = {self.per_device_rows} rows per micro-batch"
             f" x K={self.accumulation_steps} micro-batches x {self.ranks} rank{'s' if self.ranks != 1 else ''}"
@@ -105,11 +111,9 @@ def derive_batch(global_batch: int | str, per_device: int | str, steps: int | st
     """
     key = "training.global_batch_size"
     if per_device == AUTO and steps == AUTO:
-        raise UserError(
-            f"{where('training.per_device_train_batch_size')}: training.per_device_train_batch_size and"
-            " training.gradient_accumulation_steps are both auto, and nothing chooses for you yet. Set one of them,"
-            " for example per_device_train_batch_size: 4."
-        )
+        if global_batch == AUTO:
+            raise UserError(f"{where(key)}: {key}, per_device_train_batch_size and gradient_accumulation_steps are all auto. Set one.")
+        return BatchPlan(global_batch, 1, _quotient(global_batch, 1, ranks, "rows", where), ranks, open=True)
     if global_batch == AUTO:
         if AUTO in (per_device, steps):
             raise UserError(f"{where(key)}: {key} is auto, so per_device_train_batch_size and"
@@ -197,6 +201,21 @@ def planned_windows(rows: int, batch: BatchSchedule, epochs: float) -> int:
             taken = min(taken + batch.rows(taken / total), end)
             windows += 1
     return windows
+
+
+def largest_micro_batch(lengths: np.ndarray, order: np.ndarray, window_rows: int, per_device_rows: int) -> tuple[int, int, bool]:
+    """(rows, longest row in tokens, whether rows differ in length) of the micro-batch with the most tokens, padding counted.
+
+    `lengths` (rows,) are the tokens of each row; `order` the rows of one epoch, cut into windows of `window_rows` and those as `deal` does.
+    """
+    starts = np.concatenate([np.arange(first, min(first + window_rows, len(order)), per_device_rows)
+                             for first in range(0, len(order), window_rows)])  # fmt: skip
+    taken = lengths[order]
+    counts = np.diff(starts, append=len(order))
+    longest, shortest = np.maximum.reduceat(taken, starts), np.minimum.reduceat(taken, starts)
+    size = counts * longest * 2 + (shortest < longest)  # of two with as many tokens the padded one
+    k = int(size.argmax())
+    return int(counts[k]), int(longest[k]), bool(shortest[k] < longest[k])
 
 
 def deal(rows: Sequence[int], ranks: int, per_device_rows: int) -> list[list[tuple[int, ...]]]:

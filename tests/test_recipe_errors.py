@@ -76,6 +76,15 @@ cutoff_len: 32
         ("training.per_device_train_batch_size", "atuo", "Did you mean auto?"),
         ("training.optim", "adamw_8bits", "Did you mean adamw_8bit?"),
         ("training.adam_beta2", "1", "less than 1"),
+        ("training.device_memory", "40", "is 40; it must be auto, or a size such as 40GiB. 40 has no unit; write 40GiB (40 x 2^30 bytes)"),
+        ("training.device_memory", "1.5", "is 1.5; it must be auto, or a size such as 40GiB. 1.5 has no unit; write 1.5GiB"),
+        ("training.device_memory", "40gib", "did you mean 40GiB?"),
+        ("training.device_memory", "'40 gb'", "write 40GiB (40 x 2^30 bytes) or 40GB (40 x 10^9)."),
+        ("training.device_memory", "0GiB", "is '0GiB'; it must be auto, or a size such as 40GiB. 0GiB is less than one byte"),
+        ("training.device_memory", "Auto", "Did you mean auto?"),
+        ("training.device_memory", "true", "is true; it must be auto, or a size such as 40GiB. true is no size"),
+        ("training.device_memory", "[2GiB]", "it must be auto, or a size such as 40GiB."),
+        ("training.device_memory", "''", "it must be auto, or a size such as 40GiB."),
         ("training.num_train_epochs", "0", "more than 0"),
         ("training.max_steps", "[1]", "is [1]; it must be a whole number"),
         ("training.seed", "", "training.seed is null, which is never a value. Leave it out for its default."),
@@ -157,6 +166,14 @@ def test_files_that_are_no_recipe(tmp_path, content, words):
     with pytest.raises(UserError) as caught:
         load(tmp_path / "recipe.yaml")
     assert words in str(caught.value)
+
+
+def test_a_device_memory_in_file_and_override(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(MINIMAL + "training: {device_memory: 40GB}\n")
+    assert load(tmp_path / "recipe.yaml").recipe.training.device_memory == "40GB"
+    assert load(tmp_path / "recipe.yaml", ["training.device_memory=2GiB"]).recipe.training.device_memory == "2GiB"
+    (tmp_path / "recipe.yaml").write_text(MINIMAL)
+    assert load(tmp_path / "recipe.yaml").recipe.training.device_memory == "auto"
 
 
 def test_a_missing_file_and_a_folder(tmp_path):

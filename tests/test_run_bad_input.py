@@ -40,9 +40,7 @@ EARLY = {  # answered before torch is imported
         ("training.global_batch_size is 10, but 4 rows x 2 ranks = 8 does not divide it. Use 8 or 16",),
         TWO_RANKS,
     ),
-    "micro-batch and K both auto": Case(
-        ("training.per_device_train_batch_size=auto",), ("both auto", "per_device_train_batch_size: 4")
-    ),
+    "a size without a unit": Case(("training.device_memory=40",), ("training.device_memory", "40 has no unit", "40GiB")),
     "fp16 on the CPU": Case(
         (), ("fp16", "loss scaler", "bf16"), (("ACCELERATE_MIXED_PRECISION", "fp16"), ("ACCELERATE_USE_CPU", "true"))
     ),
@@ -54,6 +52,10 @@ EARLY = {  # answered before torch is imported
 }
 LATE = {  # need the libraries
     "wrong column": Case(("data.train=[{path: ./columns.jsonl}]",), ("columns.jsonl", "messages", "question")),
+    "not one row fits": Case(
+        ("training.per_device_train_batch_size=auto", "training.device_memory=100KiB"),
+        ("not one row of", "100.0 KiB (training.device_memory 100KiB)", "finetune plan"),
+    ),
     "model folder without a config": Case(("model.name_or_path=./empty",), ("model.name_or_path", "config.json")),
     "no weights": Case((), ("model.name_or_path", "weights cannot be loaded")),
 }

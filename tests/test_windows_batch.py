@@ -78,9 +78,11 @@ def test_three_values_that_disagree_are_refused_with_their_product():
     assert message.startswith(where("training.global_batch_size"))
 
 
-def test_two_autos_leave_nothing_to_derive_from():
-    message = refused(64, "auto", "auto", 1)
-    assert message.startswith(where("training.per_device_train_batch_size"))
-    assert "both auto" in message and "per_device_train_batch_size: 4" in message
+def test_two_autos_leave_the_micro_batch_to_be_chosen_by_memory():
+    batch = derive_batch(64, "auto", "auto", 2)
+    assert batch.open and (batch.global_batch_rows, batch.per_device_rows, batch.accumulation_steps) == (64, 1, 32)
+    assert "the largest that fit training.device_memory" in batch.line()
+    assert "2 ranks = 2 does not divide it" in refused(7, "auto", "auto", 2)
+    assert "are all auto. Set one." in refused("auto", "auto", "auto", 1)
     assert "must both be numbers" in refused("auto", "auto", 4, 1)
     assert "must both be numbers" in refused("auto", 4, "auto", 1)

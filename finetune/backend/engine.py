@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from finetune.backend import deepspeed as ds
 from finetune.backend.gradient_watch import GradientWatch
+from finetune.backend.meter import Meter
 from finetune.backend.probe import check_world, has_accelerator
 from finetune.errors import UserError
 from finetune.launch import Strategy
@@ -48,6 +49,7 @@ class Engine:
     max_grad_norm: float
     module: nn.Module = field(init=False, repr=False)
     optimizer: torch.optim.Optimizer = field(init=False, repr=False)
+    meter: Meter = field(default_factory=Meter, repr=False)
     last_grad_norm: float = field(init=False, default=math.nan)
     applied: bool = field(init=False, default=False)
 
@@ -85,12 +87,16 @@ class Engine:
         Returns the micro-batch's summed loss, detached. `denominator` is the window's, over all ranks.
         """
         self.accelerator.sync_gradients = last
-        with self._reduce_only_when(last):
-            summed_loss = self.module(self._to_device(batch))
-            steps = self.accelerator.gradient_accumulation_steps
-            self.accelerator.backward(summed_loss * (self.ranks * steps / denominator))
-        if last:
-            self._end_window()
+        with self.meter.micro_step(batch, last, self.module, self.optimizer):
+            with self._reduce_only_when(last):
+                summed_loss = self.module(self._to_device(batch))
+                self.meter.point("forward", self.module, self.optimizer)
+                steps = self.accelerator.gradient_accumulation_steps
+                self.accelerator.backward(summed_loss * (self.ranks * steps / denominator))
+                self.meter.point("backward", self.module, self.optimizer)
+            if last:
+                self._end_window()
+                self.meter.point("step", self.module, self.optimizer)
         return summed_loss.detach()
 
     def watch_gradients(self, denominator: float) -> GradientWatch:
@@ -121,7 +127,7 @@ class Engine:
             if not self.applied:
                 ds.drop_gradients(wrapped.engine.optimizer)
             return
-        self.last_grad_norm = self._clip(self.max_grad_norm or math.inf)
+        self.last_grad_norm = self._clip(self.max_grad_norm)
         if self.accelerator.scaler is None and not math.isfinite(self.last_grad_norm):
             self.applied = False
         else:
@@ -131,14 +137,7 @@ class Engine:
 
     def _clip(self, limit: float) -> float:
         parameters = list(self.module.parameters())
-        if self.device.type != "cpu":
-            return float(self.accelerator.clip_grad_norm_(parameters, limit))
-        # On the CPU torch adds squares up one after the other in float32: 4e-5 off for a million elements, 0.4 % for 67
-        # million, and so would be the clipped step. Short sums first, then float64.
-        rows = [torch.linalg.vector_norm(torch.atleast_1d(p.grad), dim=-1).double().flatten() for p in parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.cat(rows))
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return norm.item()
+        return float(self.accelerator.clip_grad_norm_(parameters, limit or math.inf) if self.device.type != "cpu" else clip_on_cpu(parameters, limit))
 
     def grad_norm(self) -> float:
         """L2 norm of the last window's gradient over all parameters and ranks, before clipping."""
@@ -231,6 +230,18 @@ class Engine:
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def clip_on_cpu(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradients down to this norm, 0 for no limit; their norm before, a scalar.
+
+    On the CPU torch adds squares up one after the other in float32: 4e-5 off for a million elements, 0.4 % for 67 million, and so would be
+    the clipped step. Short sums first, then float64.
+    """
+    rows = [torch.linalg.vector_norm(torch.atleast_1d(p.grad), dim=-1).double().flatten() for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.cat(rows))
+    nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, norm)
+    return norm
 
 
 def start(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float, say=print,

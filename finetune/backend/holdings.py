@@ -9,7 +9,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from finetune.backend.engine import Engine
 from finetune.backend.probe import has_accelerator
 
 # torch's on the CPU are plain RuntimeErrors; CUDA's libraries have their own words
@@ -36,32 +35,27 @@ def of_the_device(error: BaseException) -> bool:
     return has_accelerator() and not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error)
 
 
-def device_limit_bytes() -> int:
-    """Memory of this process's device."""
-    module = torch.get_device_module(torch.accelerator.current_accelerator())
-    return int(module.mem_get_info()[1])
-
-
-def holdings(engine: Engine | None, device: bool) -> dict[str, int]:
+def holdings(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer | None, device: bool) -> dict[str, int]:
     """Bytes of parameters, gradients, optimizer states and everything else in the device's memory, or the host's.
 
     Under DeepSpeed the float32 copies that the optimizer updates count as its states, and its gradient buffers as the rest.
     """
-    parameters: list[Tensor] = []
-    states: list[Tensor] = []
-    if engine is not None and hasattr(engine, "optimizer"):
-        parameters = list(engine.module.parameters())
-        optimizer = engine.optimizer
-        while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
-            optimizer = optimizer.optimizer
-        states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        own = {id(p) for p in parameters}
-        states += [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+    parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
+    states = held_by_optimizer(parameters, optimizer) if optimizer is not None else []
     found = {name: _bytes(tensors, device) for name, tensors in
              (("parameters", parameters), ("gradients", gradients), ("optimizer states", states))}  # fmt: skip
     used = torch.accelerator.memory_allocated() if device else psutil.Process().memory_info().rss
     return found | {"everything else": max(0, int(used) - sum(found.values()))}
+
+
+def held_by_optimizer(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that an optimizer keeps from step to step: its states, and parameters of its own (DeepSpeed's float32 copies)."""
+    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+        optimizer = optimizer.optimizer
+    own = {id(p) for p in parameters}
+    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return states + [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
 
 
 def _bytes(tensors: Iterable[Tensor], device: bool) -> int:

@@ -33,7 +33,7 @@ def build_optimizer(groups: list[dict], settings: OptimizerSettings, strategy: S
     """
     if settings.kind == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate)
-    common = dict(lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+    common = _adam(settings)
     if settings.kind in ("adamw_8bit", "paged_adamw_8bit"):
         import bitsandbytes
 
@@ -41,7 +41,16 @@ def build_optimizer(groups: list[dict], settings: OptimizerSettings, strategy: S
         return getattr(bitsandbytes.optim, name)(groups, **common)
     if strategy.offload_optimizer != "none":
         return ds.cpu_adam(groups, **common)
-    return torch.optim.AdamW(groups, **common, fused=has_accelerator())
+    return torch_adamw(groups, settings, fused=has_accelerator())
+
+
+def torch_adamw(groups: list[dict], settings: OptimizerSettings, fused: bool) -> torch.optim.Optimizer:
+    """torch's AdamW; `fused` where there is a GPU."""
+    return torch.optim.AdamW(groups, **_adam(settings), fused=fused)
+
+
+def _adam(settings: OptimizerSettings) -> dict:
+    return dict(lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str:

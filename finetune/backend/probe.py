@@ -31,9 +31,27 @@ def device_name() -> str:
     return f"CPU ({threads} thread{'s' if threads != 1 else ''})"
 
 
+def device_limit_bytes() -> int:
+    """Memory of this process's device."""
+    module = torch.get_device_module(torch.accelerator.current_accelerator())
+    return int(module.mem_get_info()[1])
+
+
 def device_peak_bytes() -> int:
     """Highest device memory allocated by this process so far, 0 where there is no device but the CPU."""
     return int(torch.accelerator.max_memory_allocated()) if has_accelerator() else 0
+
+
+def empty_cache() -> None:
+    """Give memory that no tensor holds back to the device, and begin its peak anew."""
+    if has_accelerator():
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats()
+
+
+def host_bytes() -> int:
+    """Resident set size of this process now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def host_peak_bytes() -> int:

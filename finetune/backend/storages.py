@@ -1,6 +1,6 @@
 """Bytes of tensors that are alive: counted storage by storage, on real tensors or on fake ones that hold no memory.
 
-The one place for what torch does not promise to keep: FakeTensorMode and TorchDispatchMode (tests/test_memory_canary.py fails when an
+The one place for what torch does not promise to keep: FakeTensorMode and TorchDispatchMode (tests/test_memory_trace.py fails when an
 upgrade changes them). A mode sees what ops return; what a kernel allocates and frees inside itself is seen on neither kind.
 """
 
@@ -10,7 +10,6 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,33 +20,21 @@ from torch.utils._pytree import tree_leaves
 OTHER = "other"
 
 
-@dataclass
-class Moment:
-    """The most that was alive during a part of a step."""
-
-    bytes: int = 0
-    by_kind: dict[str, int] = field(default_factory=dict)
-
-
 class StorageTracker(TorchDispatchMode):
     """Within it, the bytes of every storage that an op returned or `hold` was told of, until it is freed.
 
-    `moment` names the part of the step that is going on, `kind` what new storages are: both are the caller's to set. `moments` has the
-    peak of each part.
+    `kind` is what new storages are, and the caller's to set. With `record`, `series` has for each part of the step (`enter`) what was
+    alive, by kind, each time it grew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, record: bool = False) -> None:
         super().__init__()
-        self.moment, self.kind = "", OTHER
-        self.live_bytes = 0
+        self.kind = OTHER
+        self.live_bytes = self.peak_bytes = 0
         self.by_kind: Counter[str] = Counter()
-        self.moments: dict[str, Moment] = {}
+        self.series: dict[str, list[dict[str, int]]] = {}
+        self._record, self._part = record, ""
         self._storages: dict[int, tuple[weakref.ref, int, str]] = {}
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most that was alive in any part."""
-        return max((moment.bytes for moment in self.moments.values()), default=0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
@@ -68,9 +55,9 @@ class StorageTracker(TorchDispatchMode):
         for tensor in tensors:
             self._see(tensor, kind="ignored")
 
-    def enter(self, moment: str) -> None:
-        """A part of the step begins; what is alive now is its first peak."""
-        self.moment = moment
+    def enter(self, part: str) -> None:
+        """A part of the step begins, with what is alive now."""
+        self._part = part
         self._note()
 
     def _see(self, tensor: Tensor, kind: str | None) -> None:
@@ -99,9 +86,9 @@ class StorageTracker(TorchDispatchMode):
             self.by_kind[kind] -= size
 
     def _note(self) -> None:
-        moment = self.moments.setdefault(self.moment, Moment())
-        if self.live_bytes > moment.bytes:
-            moment.bytes, moment.by_kind = self.live_bytes, dict(self.by_kind)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self._record:
+            self.series.setdefault(self._part, []).append(dict(self.by_kind))
 
 
 def _is_fake(tensor: Tensor) -> bool:
@@ -112,8 +99,24 @@ def _is_fake(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def pretending() -> Iterator[None]:
-    """Within it new tensors have shapes, types and storages, and no memory. Build modules on the meta device before, and give them
-    fake memory with `materialise` inside.
+    """Within it new tensors have shapes, types and storages, and no memory. Modules are built on the meta device before it, and get
+    their fake memory inside, by to_empty and tie_weights.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
+
+
+@contextlib.contextmanager
+def without_padding() -> Iterator[None]:
+    """Within it transformers takes fake attention masks for all ones, as it finds rows of one length to be; it cannot look into them."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+    def unpadded(*args, attention_mask=None, **kwargs):
+        needed = sdpa_mask(*args, attention_mask=None, **kwargs) is not None  # a sliding window is, and then takes the padding in
+        return sdpa_mask(*args, attention_mask=attention_mask, **kwargs) if needed else None
+
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = unpadded
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]

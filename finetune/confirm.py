@@ -1,0 +1,61 @@
+"""A micro-batch that was chosen by memory, tried on the device before training: one window of the longest rows, thrown away."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+
+import numpy as np
+
+from finetune.backend.holdings import is_out_of_memory
+from finetune.backend.probe import device_limit_bytes, empty_cache, has_accelerator
+from finetune.errors import OutOfMemory
+from finetune.job import Plan, assemble
+from finetune.memory.auto import next_smaller
+from finetune.one_batch import accumulate
+from finetune.report.console import human_bytes
+
+
+def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
+    """The plan, or the one with the next smaller micro-batch where memory ran out: the same global batch, said in one line.
+
+    The model is read for the trial and read again for the run, so that the trial leaves nothing behind. A collective. Raises OutOfMemory
+    where the smaller one runs out, too.
+    """
+    if plan.loaded.recipe.data.streaming:
+        return plan  # its longest rows are not known
+    reason = _runs_out(plan)
+    if not reason:
+        return plan
+    smaller = next_smaller(plan.batch)
+    if smaller is not None:
+        less = dataclasses.replace(plan, batch=smaller)
+        say(f"auto: {plan.batch.per_device_rows} rows per micro-batch run out of memory here ({reason}): {smaller.line()}.")
+        if not (again := _runs_out(less)):
+            return less
+        reason = again
+    raise OutOfMemory(
+        f"{plan.loaded.where('training.device_memory')}: the micro-batch that should fit runs out of memory ({reason}), and so does the next"
+        " smaller one. Set training.device_memory to less than what is there, or training.per_device_train_batch_size to a number."
+    )
+
+
+def _runs_out(plan: Plan) -> str:
+    """Whether one window of the longest rows runs out of memory on any rank, in words; nothing of it is kept."""
+    job, reason = assemble(plan, lambda line: None), ""
+    try:
+        longest = np.argsort(plan.data.train.lengths, kind="stable")[-plan.batch.per_device_rows :]
+        batch = job.collate(job.train_rows, tuple(longest.tolist()))
+        accumulate(job.engine, [batch] * min(2, plan.batch.accumulation_steps))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"{human_bytes(device_limit_bytes())} on this device" if has_accelerator() else "out of host memory"
+    if job.engine.ranks > 1:
+        reason = next(filter(None, job.engine.gather_objects(reason)), "")
+    job.engine.release()
+    del job
+    gc.collect()
+    empty_cache()
+    return reason

@@ -1,0 +1,176 @@
+"""What a recipe takes under a launch, before a weight is read: one rank's bytes by place, by part of the run and by item.
+
+Activations, losses and one process's whole step are traced (trace.py); what engines shard, offload and buffer is arithmetic (formulas.py,
+zero.py). Where a model cannot be traced, formulas with a wide range stand in, and `traced` says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from finetune.launch import Strategy
+from finetune.limits import DTYPE_BYTES
+from finetune.memory import formulas
+from finetune.memory.trace import Numbers, Profile, Shape, part_of, profile
+from finetune.memory.weights import Resident, Weights
+from finetune.model import ModelFacts
+from finetune.recipe import Loaded
+
+Items = Mapping[str, float]
+PARTS = ("load", "forward", "loss", "layer", "optimizer step", "save")
+DYNAMIC = ("activations", "logits and loss")  # what no engine shards
+# Beside what tensors take. No GPU has measured the device's yet: NVIDIA's context and library workspaces take a few hundred MiB, the
+# caching allocator keeps blocks it cannot reuse. The host's is what a trainer's imports alone take on Linux (docs/benchmarks/memory.md).
+DEVICE_CONTEXT_BYTES = 0.6 * 2**30
+FRAGMENTED_SHARE = 0.05
+HOST_LIBRARIES_BYTES = 0.5 * 2**30
+TRACED_SPREAD = (0.97, 1.05)  # other kernels than the traced ones: attention, workspaces
+ENGINE_SPREAD = (0.9, 1.1)  # what DDP and ZeRO hold is arithmetic; one process on the CPU is traced to the byte
+FORMULA_SPREAD = (0.6, 1.8)  # of activations and losses where nothing was traced
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes: `low` is surely needed, `high` surely enough."""
+
+    low: float
+    expected: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One rank's bytes. `parts[place][part][item]` is what is there at the peak of a part of the run; `device` and `host` are the peaks over
+    all parts, of tensors alone. On a CPU-only run everything is in `host`.
+    """
+
+    parts: Mapping[str, Mapping[str, Items]]
+    device: Range
+    host: Range
+    nvme_bytes: float
+    disk_bytes: float  # checkpoints that are kept, one more while it is written, and the exported model: over all ranks
+    traced: bool
+    weights: Weights
+    on_cpu: bool
+
+    @property
+    def place(self) -> str:
+        """Where the step runs."""
+        return "host" if self.on_cpu else "device"
+
+    @property
+    def peak(self) -> str:
+        """The part of the run that sets the peak where the step runs."""
+        parts = self.parts[self.place]
+        return max(parts, key=lambda part: sum(parts[part].values()))
+
+    @property
+    def items(self) -> Items:
+        """What is there at that peak."""
+        return self.parts[self.place][self.peak]
+
+    @property
+    def step_bytes(self) -> float:
+        """The most that tensors take where the step runs, outside loading and saving."""
+        return max(sum(items.values()) for part, items in self.parts[self.place].items() if part not in ("load", "save"))
+
+    @property
+    def device_needed(self) -> Range:
+        """The device's tensors with what the driver and the allocator take on top."""
+        if self.on_cpu:
+            return Range(0.0, 0.0, 0.0)
+        low, expected, high = dataclasses.astuple(self.device)
+        context = DEVICE_CONTEXT_BYTES
+        return Range(low, expected * (1 + FRAGMENTED_SHARE) + context, high * (1 + 2 * FRAGMENTED_SHARE) + 2 * context)
+
+    @property
+    def host_needed(self) -> Range:
+        """One rank's tensors on the host with its libraries."""
+        low, expected, high = dataclasses.astuple(self.host)
+        return Range(low, expected + HOST_LIBRARIES_BYTES, high + 2 * HOST_LIBRARIES_BYTES)
+
+
+def estimate(loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape, accumulation_steps: int, on_cpu: bool) -> Estimate:
+    """The bytes of one rank that trains micro-batches of this shape, so many per optimizer step.
+
+    Raises UserError where the recipe asks for what this model does not have.
+    """
+    numbers = Numbers(strategy.mixed_precision, casts=strategy.engine == "deepspeed", on_cpu=on_cpu)
+    seen = traced_once(loaded, facts, shape, min(accumulation_steps, 2), numbers)
+    resident = _resident(loaded, strategy, seen.weights, on_cpu, accumulation_steps > 1)
+    window = _sharded(seen, resident) if strategy.engine != "single" else _alone(seen, resident, loaded)
+    parts = {place: {**_edge(resident, place, "load"), **window[place], **_edge(resident, place, "save")} for place in ("device", "host")}
+    if on_cpu:
+        parts = {"device": {}, "host": {part: _sum(parts["device"].get(part, {}), parts["host"].get(part, {})) for part in parts["device"]}}
+    spread = TRACED_SPREAD if not on_cpu else (1.0, 1.0) if strategy.engine == "single" else ENGINE_SPREAD
+    ranges = {place: _range(parts[place], spread) for place in parts}
+    kept = loaded.recipe.checkpoint.save_total_limit
+    disk = formulas.checkpoints_bytes(seen.weights, loaded.recipe.training.optim, kept, DTYPE_BYTES[facts.export_dtype])
+    return Estimate(parts, ranges["device"], ranges["host"], sum(resident.nvme.values()), disk, True, seen.weights, on_cpu)
+
+
+_traced: dict[tuple, Profile] = {}
+
+
+def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers) -> Profile:
+    """`profile`, which is a function of these alone."""
+    recipe = loaded.recipe
+    key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), recipe.training.gradient_checkpointing, recipe.training.optim,
+           bool(recipe.training.weight_decay), bool(recipe.training.max_grad_norm), facts, shape, micro_batches, numbers)  # fmt: skip
+    if key not in _traced:
+        _traced[key] = profile(loaded, facts, shape, micro_batches, numbers)
+    return _traced[key]
+
+
+def _resident(loaded: Loaded, strategy: Strategy, weights: Weights, on_cpu: bool, accumulates: bool) -> Resident:
+    optim = loaded.recipe.training.optim
+    if strategy.engine == "deepspeed":
+        from finetune.memory import zero
+
+        return zero.resident(weights, strategy, optim, zero.derive_settings(weights, strategy), on_cpu)
+    return formulas.resident_plain(weights, strategy.ranks, optim, on_cpu, accumulates)
+
+
+def _alone(seen: Profile, resident: Resident, loaded: Loaded) -> dict[str, dict[str, Items]]:
+    """One process: the traced parts as they are, but for what cannot be traced: packed weights and 8-bit states."""
+    device = {}
+    for name, alive in seen.series.items():
+        kinds = dict(max(alive, key=lambda kinds: sum(kinds.values())))
+        if loaded.recipe.model.load_in_4bit:
+            kinds["parameters"] = resident.device["parameters"]
+        if not kinds.get("optimizer states"):
+            kinds["optimizer states"] = resident.device.get("optimizer states", 0.0)
+        part = part_of(name)
+        device[part] = max(device.get(part, {}), kinds, key=lambda items: sum(items.values()))
+    return {"device": device, "host": {part: dict(resident.host) for part in device}}
+
+
+def _sharded(seen: Profile, resident: Resident) -> dict[str, dict[str, Items]]:
+    """Several ranks, or DeepSpeed: the traced activations and losses on top of what the engine holds."""
+    window: dict[str, dict[str, Items]] = {"device": {}, "host": {}}
+    for part in ("forward", "loss", "layer", "optimizer step"):
+        extra = {"layer": resident.backward, "optimizer step": resident.step}.get(part, {})
+        device = _sum(resident.device, extra.get("device", {}))
+        if part != "optimizer step":
+            gathered = {"buffers": resident.gathered_bytes}
+            device = _sum(_sum(device, gathered), seen.most(part, DYNAMIC))
+        window["device"][part] = device
+        window["host"][part] = _sum(resident.host, extra.get("host", {}))
+    return window
+
+
+def _edge(resident: Resident, place: str, part: str) -> dict[str, Items]:
+    """`load` or `save` at a place: what is there then, or nothing where the formulas say nothing of it."""
+    items = getattr(resident, part)
+    return {part: items.get(place, {})} if items else {}
+
+
+def _sum(a: Items, b: Items) -> dict[str, float]:
+    return {item: a.get(item, 0.0) + b.get(item, 0.0) for item in {*a, *b}}
+
+
+def _range(parts: Mapping[str, Items], spread: tuple[float, float]) -> Range:
+    peak = max((sum(items.values()) for items in parts.values()), default=0.0)
+    return Range(peak * spread[0], peak, peak * spread[1])

@@ -1,0 +1,131 @@
+"""Memory of one process and DDP, of quantised weights, optimizers and checkpoints, as arithmetic. Torch-free; ZeRO: zero.py.
+
+What allocators round up (CUDA's to 512 bytes) and keep is not in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import ceil
+
+from finetune.limits import MOMENTS_BYTES
+from finetune.memory.weights import Resident, Weights
+
+NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
+NF4_BYTES_EACH = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_NESTED_BLOCK)  # 0.51587, of a large weight
+NF4_TABLES_BYTES = 16 * 4 + 256 * 4 + 4  # of every weight: the 16 levels, the 256 of its scales, their mean
+EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST_ELEMENTS = 256, 4096
+EIGHT_BIT_TABLES_BYTES = 2 * 256 * 4  # the levels of the two moments
+DDP_BROADCAST_BYTES = 250 * 2**20
+
+
+def nf4_bytes(elements: int) -> int:
+    """A weight in NF4 with double quantisation: packed halves of bytes, an 8-bit scale per 64 of them, a float32 scale per 256 scales.
+
+    Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3: 0.5 + 8/64/8 + 32/(64 x 256)/8 bytes per element. The rounding and the
+    tables: bitsandbytes 0.50, functional.py, quantize_4bit and quantize_blockwise.
+    """
+    scales = ceil(elements / NF4_BLOCK)
+    return ceil(elements / 2) + scales + 4 * ceil(scales / NF4_NESTED_BLOCK) + NF4_TABLES_BYTES
+
+
+def optimizer_bytes(sizes: Iterable[int], optim: str) -> int:
+    """States of an optimizer after its first step, for trained tensors of these elements.
+
+    AdamW: two float32 moments, and a float32 step count per tensor (torch 2.13, optim/adamw.py). 8 bits: two bytes per element and two
+    float32 scales per 256, but tensors below 4096 elements stay float32; the tables once (bitsandbytes 0.50, optim/optimizer.py,
+    Optimizer2State.init_state). Paged ones are as large; CUDA may move them to the host. Plain SGD has none.
+    """
+    sizes = list(sizes)
+    if optim == "sgd":
+        return 0
+    if optim == "adamw":
+        return sum(MOMENTS_BYTES[optim] * n + 4 for n in sizes)
+    large = [n for n in sizes if n >= EIGHT_BIT_LEAST_ELEMENTS]
+    states = sum(MOMENTS_BYTES[optim] * n + 2 * 4 * ceil(n / EIGHT_BIT_BLOCK) for n in large)
+    small = sum(MOMENTS_BYTES["adamw"] * n for n in sizes if n < EIGHT_BIT_LEAST_ELEMENTS)
+    return states + small + (EIGHT_BIT_TABLES_BYTES if large else 0)
+
+
+def saved_optimizer_bytes(sizes: Iterable[int], optim: str) -> int:
+    """The same on disk, and while it is saved: there every tensor has its own copy of the 8-bit tables (backend/state.py, _split)."""
+    sizes = list(sizes)
+    tables = 0
+    if "8bit" in optim:
+        tables = max(0, sum(n >= EIGHT_BIT_LEAST_ELEMENTS for n in sizes) - 1) * EIGHT_BIT_TABLES_BYTES
+    return optimizer_bytes(sizes, optim) + tables
+
+
+def checkpoints_bytes(weights: Weights, optim: str, save_total_limit: int, export_bytes_each: float) -> float:
+    """Disk of a run in one process or under DDP at its fullest: every checkpoint that is kept, the next one before an older goes
+    (snapshots.py), and the exported model: the adapters as they are, or the whole model in its export type.
+    """
+    trained = [weight for weight in weights.all if weight.trained]
+    one = sum(w.elements * w.bytes_each for w in trained) + saved_optimizer_bytes((w.elements for w in trained), optim)
+    if weights.trained_elements == weights.elements:
+        export = weights.elements * export_bytes_each
+    else:
+        export = sum(w.elements * w.bytes_each for w in trained)
+    return (save_total_limit + 1) * one + export
+
+
+def resident_plain(weights: Weights, ranks: int, optim: str, on_cpu: bool, accumulates: bool = False) -> Resident:
+    """One process (`ranks` 1) or one rank of DDP, whose memory does not depend on how many there are.
+
+    Mixed precision changes nothing here: weights, gradients and moments stay float32, and what autocast makes of the weights is part of
+    the activations. `accumulates`: windows have more than one micro-batch, and the second one's forward meets gradients.
+    DDP with gradient_as_bucket_view keeps gradients in its buckets, all the time; micro-batches before the window's last one
+    (no_sync) add theirs up outside, because zero_grad has cut the views: a second copy (torch 2.13, reducer.cpp,
+    mark_variable_ready_dense; seen on two real ranks).
+    """
+    trained = [weight for weight in weights.all if weight.trained]
+    sizes = [weight.elements for weight in trained]
+    gradients = sum(w.elements * w.bytes_each for w in trained)
+    largest = max((w.elements * w.bytes_each for w in trained), default=0)
+    ddp = ranks > 1
+    standing = gradients * (ddp + accumulates)
+    device = {"parameters": weights.bytes + weights.buffers_bytes, "gradients": standing,
+              "optimizer states": optimizer_bytes(sizes, optim)}  # fmt: skip
+    coming = {} if standing else {"gradients": gradients}
+    step = coming | ({"buffers": _adamw_buffers(sizes)} if on_cpu and optim == "adamw" else {})
+    backward = coming | ({"buffers": largest} if ddp and not accumulates else {})  # a gradient on its way into the bucket
+    return Resident(
+        device=device,
+        backward={"device": backward} if backward else {},
+        step={"device": step} if step else {},
+        load=_load(weights, ddp, on_cpu),
+        save=_save(weights, optim, on_cpu),
+    )
+
+
+def _adamw_buffers(sizes: list[int]) -> int:
+    """torch's AdamW tensor by tensor, as it runs on a CPU: the root of the second moment and its quotient, beside the quotient of the
+    tensor before (torch 2.13, optim/adam.py, _single_tensor_adam). The fused one of a GPU needs none.
+    """
+    return max((4 * (2 * n + before) for n, before in zip(sizes, [0, *sizes])), default=0)
+
+
+def _load(weights: Weights, ddp: bool, on_cpu: bool) -> dict[str, dict[str, float]]:
+    """What reading the checkpoint takes for a moment (model.py, load_model): it is read on the host and then moved, but for 4-bit
+    weights, which are quantised on the device, one 16-bit weight at a time; DDP sends rank 0's weights round in pieces.
+    """
+    read = sum(w.elements * w.bytes_each for w in weights.all if not w.quantised)
+    buffers = max((2.0 * w.elements for w in weights.all if w.quantised), default=0.0)
+    if ddp:
+        buffers = max(buffers, min(DDP_BROADCAST_BYTES, weights.bytes))
+    load = {"device": {"buffers": buffers}} if buffers else {}
+    return load if on_cpu else load | {"host": {"parameters": read}}
+
+
+def _save(weights: Weights, optim: str, on_cpu: bool) -> dict[str, dict[str, float]]:
+    """Rank 0 between two windows. A checkpoint clones the optimizer's tensors where they are, and safetensors takes what lies on a GPU to
+    the host, a file at a time (safetensors 0.8, _flatten_as_ptr); the export gathers its tensors on the host (engine.gather_state).
+    """
+    trained = [weight for weight in weights.all if weight.trained]
+    states = saved_optimizer_bytes((w.elements for w in trained), optim)
+    file = sum(w.elements * w.bytes_each for w in trained)
+    export = weights.bytes if weights.trained_elements == weights.elements else file
+    if on_cpu:  # one memory, one after the other
+        return {"host": {"parameters": export}} if export > states else {"device": {"optimizer states": states}}
+    host = {"parameters": export} if export > states else {"optimizer states": states}
+    return ({"device": {"optimizer states": states}} if states else {}) | {"host": host}
