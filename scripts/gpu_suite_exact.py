@@ -11,8 +11,8 @@ from pathlib import Path
 from exact_table import AGAINST_FLOAT32, KINDS, Launch
 from exactness import measure as measure_launch
 from exactness import worst
-from gpu_suite_setup import Setup
-from launch_support import accelerate, environment, launch_file, train
+from gpu_suite_setup import Setup, launched
+from launch_support import TRAIN, accelerate, environment, launch_file
 from resume_table import KILLED, KILLED_AT, Run, differences, logged, overrides_of
 from tiny_models import small_recipe
 
@@ -58,21 +58,14 @@ def resume(setup: Setup, folder: Path) -> list[dict]:
     recipe = small_recipe(folder / "recipe")
     config, given = launch_file(folder / "launch.yaml", **setup.launch), overrides_of(kind, recipe, folder)
     whole, broken = folder / "whole", folder / "broken"
-    train_well(config, recipe, *given, f"output_dir={whole}")
+    launched(config, TRAIN, recipe, *given, f"output_dir={whole}")
     accelerate(config, KILLED, str(KILLED_AT), recipe, *given, f"output_dir={broken}")
     reached = max(row["step"] for row in logged(broken))
-    train_well(config, recipe, *given, f"output_dir={broken}")
+    launched(config, TRAIN, recipe, *given, f"output_dir={broken}")
     found = differences(broken, whole)
     print("\n".join(found))
     resumed = json.loads((broken / "run.json").read_text())["resumed_from_step"]
     return [figure(f"numbers that differ after a kill in step {reached} and a resume from step {resumed}", len(found), 0)]
-
-
-def train_well(config: Path, recipe: Path, *overrides: str) -> None:
-    """The trainer; RuntimeError with its last words unless it ends well."""
-    done = train(config, recipe, *overrides)
-    if done.returncode:
-        raise RuntimeError(f"the trainer ended with status {done.returncode}:\n{done.stderr[-3000:]}")
 
 
 def fp16_overflow(setup: Setup, folder: Path) -> list[dict]:
@@ -80,7 +73,7 @@ def fp16_overflow(setup: Setup, folder: Path) -> list[dict]:
     recipe = small_recipe(folder / "recipe")
     heat(recipe.parent / "base")
     config = launch_file(folder / "launch.yaml", **setup.launch | {"precision": "fp16"})
-    train_well(config, recipe, f"training.max_steps={HOT_STEPS}", f"output_dir={folder / 'run'}", "training.stop_on_loss_spike=false")
+    launched(config, TRAIN, recipe, f"training.max_steps={HOT_STEPS}", f"output_dir={folder / 'run'}", "training.stop_on_loss_spike=false")
     rows = [row for row in logged(folder / "run") if "loss" in row]
     applied = [row["applied"] for row in rows]
     first = applied.index(True)

@@ -9,8 +9,8 @@ import threading
 from pathlib import Path
 
 import yaml
-from gpu_suite_setup import Setup, build_op
-from launch_support import launch_file, train
+from gpu_suite_setup import Setup, build_op, launched
+from launch_support import TRAIN, launch_file
 from make_tiny_model import TEXT
 
 STEPS = 3  # the optimizer's state exists from the second on
@@ -33,9 +33,7 @@ def measure(setup: Setup, folder: Path, layout: dict | None = None, overrides: d
     config, recipe = launch_file(folder / "launch.yaml", **options), write_recipe(setup, folder, setup.model(model), steps)
     given = [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()]
     with DeviceWatch() as watch:
-        done = train(config, recipe, *given, env={"OMP_NUM_THREADS": str(setup.threads)}, cwd=folder, timeout=3600)
-    if done.returncode:
-        raise RuntimeError(f"the trainer ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+        launched(config, TRAIN, recipe, *given, threads=setup.threads)
     run = json.loads((folder / "run" / "run.json").read_text())
     kind = "sharded" if options.get("zero_stage", 0) else "native"
     return figures(run, watch) | {"parameters": parameters, "K": steps, "limit": None if setup.small else LIMITS[kind]}

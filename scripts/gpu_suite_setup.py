@@ -85,6 +85,18 @@ class Setup:
         return found
 
 
+def launched(config: Path, program: Path, *arguments: str | Path, threads: int = 1) -> None:
+    """A program under `accelerate launch`, to its end. Raises RuntimeError with its last words when it fails."""
+    from launch_support import accelerate
+
+    done = accelerate(config, program, *arguments, env={"OMP_NUM_THREADS": str(threads)}, timeout=3600)
+    if done.returncode:
+        said = done.stderr.split("Traceback (most recent call last):")
+        if any(word in said[-1] for word in ("CalledProcessError", "ChildFailedError")):  # the launcher's own, below the program's
+            del said[-1]
+        raise RuntimeError("\n".join(line for line in "Traceback:".join(said).splitlines() if line.strip())[-3000:])
+
+
 def prepare_models(setup: Setup, folder: Path) -> dict:
     """Random models of this run's sizes with a tokenizer trained on the quick start's text; what machine this is."""
     import torch

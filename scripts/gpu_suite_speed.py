@@ -6,8 +6,8 @@ import json
 import statistics
 from pathlib import Path
 
-from gpu_suite_setup import Setup
-from launch_support import accelerate, launch_file
+from gpu_suite_setup import Setup, launched
+from launch_support import launch_file
 
 CLAIMS = Path(__file__).with_name("accumulation_claims.py")
 STEPS = {True: (1, 2, 4), False: (1, 8, 64)}  # K, by --cpu-small
@@ -21,10 +21,7 @@ def measure(setup: Setup, folder: Path, layout: dict) -> dict:
     prepared, sizes = setup.prepared("prepare models"), setup.sizes["small"]
     timing = {"sizes": sizes, "steps": STEPS[setup.small], "rows": setup.rows, "tokens": setup.tokens, "repeats": 2}
     config, out = launch_file(folder / "launch.yaml", **setup.launch | layout), folder / "times.json"
-    done = accelerate(config, CLAIMS, "--timed-windows", out, "--timing", json.dumps(timing), cwd=folder, timeout=3600,
-                      env={"OMP_NUM_THREADS": str(setup.threads)})  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"the timed windows ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+    launched(config, CLAIMS, "--timed-windows", out, "--timing", json.dumps(timing), threads=setup.threads)
     peak = peak_flops(prepared["device"])
     found, base = [], None
     for window in json.loads(out.read_text()):
