@@ -75,6 +75,8 @@ def run_case(case: Case, setup: Setup, deadline: float) -> dict:
     finally:
         end(process)
         RUNNING.discard(process)
+    if row["status"] != "done":
+        remove_locks()
     row["seconds"] = round(time.monotonic() - began, 1)
     figures = folder / "figures.json"
     if row["status"] == "done":
@@ -113,6 +115,14 @@ def started_in(case: int) -> list[psutil.Process]:
             if one.status() != psutil.STATUS_ZOMBIE and one.environ().get(ALL_OF) == str(case):
                 found.append(one)
     return found
+
+
+def remove_locks() -> None:
+    """Whoever is killed while DeepSpeed builds an op leaves a lock behind, which every later case would refuse to start with."""
+    from finetune.backend.probe import stale_compile_locks
+
+    for lock in stale_compile_locks():
+        lock.unlink(missing_ok=True)
 
 
 def inside(name: str, setup: Setup) -> None:
