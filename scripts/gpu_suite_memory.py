@@ -97,9 +97,12 @@ def figures(run: dict, watch: DeviceWatch) -> dict:
         "device_used_bytes": watch.rise_bytes,
         "host_resident_bytes": measured.get("host_peak_bytes", summary["host_peak_bytes"]),
         "tracked_bytes": measured.get("tracked_peak_bytes") or None,
-        "predicted_device_bytes": expected("device"),
-        "predicted_host_bytes": expected("host"),
+        "predicted_device_bytes": expected("device") or None,
+        "predicted_tracked_bytes": predicted.get("step_bytes") if measured.get("tracked_peak_bytes") else None,
+        "predicted_host_tensors_bytes": expected("host"),
+        "predicted_host_bytes": expected("host_process"),
         "device_error": error.get("device"),
+        "tracked_error": error.get("tracked"),
         "host_error": error.get("host"),
         "peak": predicted.get("peak"),
         "traced": predicted.get("traced"),
@@ -114,7 +117,7 @@ OVERHEADS = {
     "device: reserved over allocated": ("device_reserved_bytes", "device_allocated_bytes"),
     "device: in use over reserved (context, libraries)": ("device_used_bytes", "device_reserved_bytes"),
     "host: resident over tracked tensors": ("host_resident_bytes", "tracked_bytes"),
-    "host: resident over predicted": ("host_resident_bytes", "predicted_host_bytes"),
+    "host: resident over predicted tensors": ("host_resident_bytes", "predicted_host_tensors_bytes"),
 }
 
 

@@ -94,7 +94,8 @@ def memory(document: dict) -> str:
     unit = MIB if document["small"] else GIB
     name = "MiB" if document["small"] else "GiB"
     columns = ("device_allocated_bytes", "device_reserved_bytes", "device_used_bytes", "predicted_device_bytes", "device_error",
-               "host_resident_bytes", "tracked_bytes", "predicted_host_bytes", "host_error")  # fmt: skip
+               "tracked_bytes", "predicted_tracked_bytes", "tracked_error",
+               "host_resident_bytes", "predicted_host_bytes", "host_error")  # fmt: skip
     rows, notes = [], []
     for row in done(document, "memory"):
         found = row["figures"]
@@ -102,9 +103,9 @@ def memory(document: dict) -> str:
         rows.append([row["name"].removeprefix("memory: "), f"{found['parameters'] / 1e6:,.1f}M", *cells, found["peak"] or "unknown"])
         notes += [found["note"]] * bool(found["note"])
     text = table(["case", "parameters", f"device: allocated, {name}", "reserved", "in use", "predicted", "error",
-                  "host: resident", "tracked tensors", "predicted", "error", "what sets the peak"], rows)  # fmt: skip
-    text = (f"Peaks of the real trainer in {name}; errors are predicted / measured - 1 (allocated on a device; on a CPU, tracked"
-            " tensors). \"In use\" is what the device itself reports over what it had before.\n\n") + text  # fmt: skip
+                  "tracked tensors", "predicted", "error", "host: resident", "predicted", "error", "what sets the peak"], rows)  # fmt: skip
+    text = (f"Peaks of the real trainer in {name}; errors are predicted / measured - 1. Tracked tensors, on a CPU, stand for a"
+            " device's. \"In use\" is what the device itself reports over what it had before.\n\n") + text  # fmt: skip
     fits = [[o["name"], size(o["constant_bytes"], MIB), len(o["fitted_on"]),
              "; ".join(f"{case.removeprefix('memory: ')} {value / MIB:+,.1f}" for case, value in o["residual_bytes"].items()) or "-"]
             for o in document["overheads"]]  # fmt: skip
