@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -42,11 +43,11 @@ MIDDLE = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_
 
 
 def make_model(sizes: dict, seed: int = 0) -> torch.nn.Module:
-    """A random Llama with tied embeddings."""
+    """A random Llama with tied embeddings; `sizes` are its config's."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, pad_token_id=0, **sizes))
+    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": VOCABULARY, "tie_word_embeddings": True, "pad_token_id": 0} | sizes))
 
 
 def make_batch(random: np.random.Generator, lengths: list[int], trained: list[int]) -> dict[str, Tensor]:
@@ -178,33 +179,52 @@ def loops() -> dict:
     return {"gradients zeroed in every micro-batch": zeroed, "loss not divided by K": undivided}
 
 
-def timed_windows(out: Path) -> None:
+@dataclass(frozen=True)
+class Timing:
+    """What `timed_windows` times: windows of K micro-batches of `rows` rows of `tokens` tokens, `repeats` times each."""
+
+    sizes: dict = field(default_factory=lambda: MIDDLE)
+    steps: tuple[int, ...] = (1, 2, 4, 8, 16)
+    rows: int = 1
+    tokens: int = 256
+    repeats: int = 3
+
+
+def timed_windows(out: Path, timing: Timing) -> None:
     """Inside a launch: seconds per window for several K with one micro-batch size, interleaved; rank 0 writes `out`."""
     prepare_libraries()
     strategy = launch.from_environment(os.environ, launched_by()[1])
-    torch.set_num_threads(1)
-    engine = backend.start(strategy, 16, 1, 1.0, lambda line: print(line, file=sys.stderr))
+    engine = backend.start(strategy, max(timing.steps), timing.rows, 1.0, lambda line: print(line, file=sys.stderr))
     from finetune.backend.kernels import OptimizerSettings, build_optimizer
 
-    model = make_model(MIDDLE)
+    model = make_model(timing.sizes)
+    parameters = model.num_parameters()
     settings = OptimizerSettings("adamw", 1e-4, 0.0, 0.9, 0.999, 1e-8)
     engine.prepare(SummedLoss(model), build_optimizer([{"params": list(model.parameters()), "weight_decay": 0.0}], settings, strategy))
-    tokens = 256
-    batch = make_batch(np.random.default_rng(engine.rank), [tokens], [tokens - 1])
-    seconds: dict[int, list[float]] = {k: [] for k in (1, 2, 4, 8, 16)}
-    for repeat in range(4):
-        for steps, times in seconds.items():
-            engine.wait()
+    batch = make_batch(np.random.default_rng(engine.rank), [timing.tokens] * timing.rows, [timing.tokens - 1] * timing.rows)
+    trained = timing.rows * (timing.tokens - 1)
+    seconds: dict[int, list[float]] = {k: [] for k in timing.steps}
+    for repeat in range(1 + timing.repeats):
+        for steps in timing.steps if repeat else timing.steps[:2]:  # the first round allocates
+            _wait(engine)
             started = time.perf_counter()
             for k in range(steps):
-                engine.micro_step(batch, float(steps * engine.ranks * (tokens - 1)), last=k == steps - 1)
-            engine.wait()
-            if repeat:  # the first round allocates
-                times.append(time.perf_counter() - started)
+                engine.micro_step(batch, float(steps * engine.ranks * trained), last=k == steps - 1)
+            _wait(engine)
+            if repeat:
+                seconds[steps].append(time.perf_counter() - started)
     if engine.rank == 0:
-        done = [{"K": k, "tokens_per_second": k * engine.ranks * (tokens - 1) / statistics.median(t)} for k, t in seconds.items()]
+        done = [{"K": k, "tokens_per_second": k * engine.ranks * trained / statistics.median(t), "window_seconds": t,
+                 "parameters": parameters} for k, t in seconds.items()]  # fmt: skip
         out.write_text(json.dumps(done))
     engine.close()
+
+
+def _wait(engine) -> None:
+    """Until every rank is here and its device has nothing left to do."""
+    engine.wait()
+    if engine.device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def throughput() -> dict[str, list[dict]]:
@@ -232,9 +252,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "benchmarks")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure again; the others are kept")
     parser.add_argument("--timed-windows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--timing", type=json.loads, default={}, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.timed_windows:
-        return timed_windows(arguments.timed_windows)
+        return timed_windows(arguments.timed_windows, Timing(**arguments.timing))
     file = arguments.out / "accumulation.json"
     document = json.loads(file.read_text()) if file.exists() else {}
     for part in arguments.only.split(","):

@@ -27,12 +27,16 @@ from tiny_models import small_recipe
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes")
 
 
-def measure(launch: Launch, recipe: Path, folder: Path, seed: int, windows: int) -> dict:
-    """One launch of tests/launched/exactness.py: its JSON with the launch's name. Raises RuntimeError when it fails."""
-    config, out = launch_file(folder / "launch.yaml", **launch.layout), folder / "out.json"
+def measure(launch: Launch, recipe: Path, folder: Path, seed: int, windows: int, use_cpu: bool = True,
+            report: bool = True) -> dict:  # fmt: skip
+    """One launch of tests/launched/exactness.py: its JSON with the launch's name; without `report` only what is asserted.
+
+    Raises RuntimeError when it fails.
+    """
+    config, out = launch_file(folder / "launch.yaml", **launch.layout, use_cpu=use_cpu), folder / "out.json"
     out.unlink(missing_ok=True)
     program = ROOT / "tests/launched/exactness.py"
-    done = accelerate(config, program, recipe, out, str(seed), str(windows), "report", timeout=900)
+    done = accelerate(config, program, recipe, out, str(seed), str(windows), *["report"] * report, timeout=900)
     if done.returncode:
         raise RuntimeError(f"{launch.name}: {done.stderr[-3000:]}")
     return {"launch": launch.name, "engine_name": launch.engine, "precision": launch.precision} | json.loads(out.read_text())

@@ -18,10 +18,10 @@ CONFIGS = ROOT / "accelerate_configs"
 
 
 def launch_file(path: Path, ranks: int, zero_stage: int = 0, offload_optimizer: str = "none", offload_param: str = "none",
-                precision: str = "no", **deepspeed) -> Path:  # fmt: skip
-    """A CPU launch file: DDP (or one process) without a ZeRO stage."""
+                precision: str = "no", use_cpu: bool = True, **deepspeed) -> Path:  # fmt: skip
+    """A launch file, for the CPU unless said otherwise: DDP (or one process) without a ZeRO stage."""
     kind = "DEEPSPEED" if zero_stage else "MULTI_GPU" if ranks > 1 else "NO"
-    document = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind, "use_cpu": True, "num_machines": 1,
+    document = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind, "use_cpu": use_cpu, "num_machines": 1,
                 "num_processes": ranks, "mixed_precision": precision}  # fmt: skip
     if zero_stage:
         document["deepspeed_config"] = {"zero_stage": zero_stage, "offload_optimizer_device": offload_optimizer,
