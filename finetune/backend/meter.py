@@ -28,6 +28,8 @@ class Meter:
     points: dict[str, dict[str, int]] = field(default_factory=dict)
     largest: tuple[int, int] = (0, 0)  # rows, tokens of the largest micro-batch so far
     _tracker: StorageTracker | None = field(default=None, repr=False)
+    _windows: int = field(default=0, repr=False)  # that have ended
+    _first: bool = field(default=True, repr=False)  # whether the next micro-batch begins one
     _seen: dict[tuple[bool, bool, bool], int] = field(default_factory=dict, repr=False)
 
     def point(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -60,16 +62,17 @@ class Meter:
         rows, tokens = batch["input_ids"].shape
         if rows * tokens > self.largest[0] * self.largest[1]:
             self.largest = (rows, tokens)
-        parameters = list(module.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        states = held_by_optimizer(parameters, optimizer)
-        place = (bool(gradients), bool(states), last)
+        # gradients of micro-batches before, optimizer states of windows before: engines keep them in different places
+        place = (self._first, self._windows > 0, last)
+        self._first, self._windows = last, self._windows + last
         if self._tracker is None or rows * tokens <= self._seen.get(place, 0):
             yield
             return
         self._seen[place] = rows * tokens
+        parameters = list(module.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
         self._tracker.forget(batch.values())
-        self._tracker.hold([*parameters, *module.buffers(), *gradients, *states], "held")
+        self._tracker.hold([*parameters, *module.buffers(), *gradients, *held_by_optimizer(parameters, optimizer)], "held")
         with self._tracker:
             yield
 
