@@ -100,7 +100,7 @@ def test_optimizer_states_are_what_a_real_step_leaves(kind):
     # AdamW: two float32 copies of the largest tensor on the way, and one of the tensor before it
     buffers = resident_plain(trained(*sizes), 1, kind, on_cpu=True).step["device"].get("buffers", 0)
     assert buffers == (4 * (2 * 70000 + 5000) if kind == "adamw" else 0)
-    assert tracker.moments["step"].bytes - before == buffers
+    assert tracker.peaks["step"] - before == buffers
 
 
 def test_checkpoints_on_disk_by_hand():

@@ -23,18 +23,24 @@ OTHER = "other"
 class StorageTracker(TorchDispatchMode):
     """Within it, the bytes of every storage that an op returned or `hold` was told of, until it is freed.
 
-    `kind` is what new storages are, and the caller's to set. With `record`, `series` has for each part of the step (`enter`) what was
-    alive, by kind, each time it grew.
+    `kind` is what new storages are, and the caller's to set. `peaks` has the most of each part of the step (`enter`); with `record`,
+    `series` has what was alive, by kind, each time it grew.
     """
 
     def __init__(self, record: bool = False) -> None:
         super().__init__()
         self.kind = OTHER
-        self.live_bytes = self.peak_bytes = 0
+        self.live_bytes = 0
+        self.peaks: dict[str, int] = {}
         self.by_kind: Counter[str] = Counter()
         self.series: dict[str, list[dict[str, int]]] = {}
         self._record, self._part = record, ""
         self._storages: dict[int, tuple[weakref.ref, int, str]] = {}
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most of all parts."""
+        return max(self.peaks.values(), default=0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
@@ -86,7 +92,7 @@ class StorageTracker(TorchDispatchMode):
             self.by_kind[kind] -= size
 
     def _note(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.peaks[self._part] = max(self.peaks.get(self._part, 0), self.live_bytes)
         if self._record:
             self.series.setdefault(self._part, []).append(dict(self.by_kind))
 

@@ -52,7 +52,7 @@ def main() -> None:
     weights = [[n, p.numel(), p.requires_grad, p.element_size()] for n, p in network.named_parameters()]
     found = {"weights": weights, "buffers_bytes": sum(b.nbytes for b in network.buffers()),
              "accumulating": accumulating, "resting": resting,
-             "saving": max(tracker.moments[moment].bytes for moment in ("checkpoint", "export")) - resting}  # fmt: skip
+             "saving": max(tracker.peaks[moment] for moment in ("checkpoint", "export")) - resting}  # fmt: skip
     if engine.rank == 0:
         Path(out).write_text(json.dumps(found))
     engine.close()

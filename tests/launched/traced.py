@@ -38,7 +38,7 @@ def real_peaks(loaded, facts, padded: bool, precision: str) -> dict[int, int]:
     with tracker:
         tracker.hold([*network.parameters(), *network.buffers()], "parameters")
         for k in (1, 1, 2):
-            tracker.peak_bytes = 0
+            tracker.peaks.clear()
             for i in range(k):
                 engine.micro_step(batch, 10.0, last=i == k - 1)
             peaks[k] = tracker.peak_bytes
