@@ -25,7 +25,7 @@ def check(recipe_path: str, overrides: Sequence[str], launch_file: str | None, a
     """Check recipe, launch file, combination and batch (without torch), then model config, tokenizer and a data sample.
 
     Prints a summary, or with `as_json` one JSON document: `ok`, `problems` and, as far as they were reached, `recipe`,
-    `launch`, `batch`, `warnings`, `model`, `tokenizer`, `data`. Raises UserError with every problem of the first stage that
+    `launch`, `batch`, `warnings`, `model`, `tokenizer`, `data`, and under DeepSpeed `deepspeed`, the settings that are cut to the model. Raises UserError with every problem of the first stage that
     has one.
     """
     found: dict[str, Any] = {"recipe": recipe_path}
@@ -35,6 +35,8 @@ def check(recipe_path: str, overrides: Sequence[str], launch_file: str | None, a
             found |= {"launch": dataclasses.asdict(settled.strategy), "batch": dataclasses.asdict(settled.batch)}
             found["warnings"] = advice(settled.loaded, settled.batch, settled.max_grad_norm)
             found |= _second_stage(settled)
+            if as_json and settled.strategy.engine == "deepspeed":
+                found["deepspeed"] = _deepspeed_settings(settled)
         except UserError as error:
             if as_json:
                 print(json.dumps(redact.tree({"ok": False, "problems": list(error.messages), **found}), indent=1), file=output)
@@ -82,6 +84,15 @@ def _second_stage(settled: Settled) -> dict[str, Any]:
         "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer)},
         "data": report,
     }
+
+
+def _deepspeed_settings(settled: Settled) -> dict[str, int]:
+    from finetune import model
+    from finetune.memory.trace import weights_of
+    from finetune.memory.zero_settings import derive_settings
+
+    network = model.outline(settled.loaded, model.facts(settled.loaded))
+    return derive_settings(weights_of(network, settled.loaded), settled.strategy)
 
 
 def _samples(loaded: Loaded, tokenizer) -> tuple[list[PreparedData], bool]:

@@ -19,7 +19,8 @@ from finetune.errors import UserError
 from finetune.launch import Strategy
 from finetune.memory.auto import choose_micro_batch
 from finetune.memory.estimate import Estimate, estimate
-from finetune.memory.trace import Shape
+from finetune.memory.trace import Shape, weights_of
+from finetune.memory.weights import Weights
 from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
 from finetune.recipe import Loaded
@@ -210,9 +211,12 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
     most_steps = plan.batch.steps(plan.schedule.batch.largest_rows)
     patience = ranks_wait(plan.loaded.recipe.training.step_timeout_seconds)
     settings = (plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, say, patience)
+    outlined = outlined_weights(plan) if plan.strategy.engine == "deepspeed" else None  # before an engine under which models are sharded
     scale_check = check_scale(*settings)
     engine = backend_engine.start(*settings)
     _refuse_unequal(plan, engine)
+    if outlined is not None:
+        engine.size_buffers(outlined)
     engine.meter.enabled = measure
     with engine.meter.assembling():
         network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
@@ -223,6 +227,14 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
         engine.prepare(SummedLoss(network), optimizer)
         engine.meter.point("prepare", engine.module, engine.optimizer)
     return Job(plan, engine, {"parameters": parameters, "trained_parameters": trained, "optimizer": name}, scale_check)
+
+
+def outlined_weights(plan: Plan) -> Weights | None:
+    """The model's parameters before they are read; None where its own code cannot be built without them."""
+    try:
+        return weights_of(model.outline(plan.loaded, plan.facts), plan.loaded)
+    except Exception:  # noqa: BLE001 - loading it says what is wrong; the buffers are then sized when the engine is prepared
+        return None
 
 
 def _refuse_unequal(plan: Plan, engine: backend_engine.Engine) -> None:

@@ -86,7 +86,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     document = _document(job) | {"resumed_from_step": progress.position.step or None, "memory": {"predicted": expected}}
     trackers = _start_trackers(job, console, output_dir)
     files = RunFiles(output_dir, job.engine.rank == 0, document, also=trackers.log)
-    files.start(loaded.dump(), progress.position.window, [step for step, _ in progress.evaluations])
+    files.start(loaded.dump(), progress.position.window, [step for step, _ in progress.evaluations], job.engine.configuration())
     try:
         with explained(plan, job.engine):
             summary = _train_and_export(job, files, console, facts, progress)

@@ -201,6 +201,9 @@ def test_json_is_one_document_on_stdout(recipe):
     assert good.returncode == 0
     assert set(document) == {"ok", "problems", "recipe", "launch", "batch", "warnings", "model", "tokenizer", "data"}
     assert document["ok"] and document["data"]["planned_steps"] == 5 and document["launch"]["ranks"] == 1
+    sharded = command("check", recipe, "--launch", ROOT / "accelerate_configs" / "zero3_offload_cpu_2_ranks.yaml", "--json")
+    settings = json.loads(sharded.stdout)["deepspeed"]
+    assert settings["sub_group_size"] == 100_000_000 and settings["offload_param.pin_memory"] is True
     bad = command("check", recipe, "training.sede=1", "--json")
     document = json.loads(bad.stdout)
     assert bad.returncode == 2 and not document["ok"]

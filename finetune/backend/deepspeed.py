@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from finetune.backend.probe import check_compile_locks, has_accelerator
 from finetune.launch import Strategy
-
-BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default for its gradient buckets
+from finetune.memory.weights import Weight, Weights
+from finetune.memory.zero_settings import derive_settings, fill_in
 
 
 def make_plugin(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float, say):
@@ -55,23 +56,28 @@ def wait_at_least(seconds: float) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = datetime.timedelta(seconds=seconds)
 
 
-def size_buffers(config: dict, parameters: list[nn.Parameter]) -> None:
-    """Cut buffers to the model's size, in place: the defaults (5e8 elements) cost gigabytes for a small model.
+def size_buffers(plugin, weights: Weights, strategy: Strategy) -> None:
+    """Cut DeepSpeed's buffers to the model (memory/zero_settings.py), in its configuration; what is set there already stands.
 
-    NVMe swap buffers must hold the largest parameter; DeepSpeed's default of 1e8 elements is smaller than an embedding.
+    Before the weights are read: zero.Init makes the buffers through which parameters go to NVMe.
     """
-    sizes = [parameter_elements(p) for p in parameters]
-    total, largest = sum(sizes), max(sizes)
-    zero = config["zero_optimization"]
-    for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
-        zero.setdefault(key, max(1, min(total, BUCKET_ELEMENTS // (10 if "prefetch" in key else 1))))
-    offload = zero.get("offload_param") or {}
-    if offload.get("device") == "nvme":
-        offload.setdefault("buffer_size", largest)
-        offload.setdefault("buffer_count", 5)
-    if any((zero.get(k) or {}).get("device") == "nvme" for k in ("offload_param", "offload_optimizer")):
-        config.setdefault("aio", {"block_size": 1048576, "queue_depth": 8, "single_submit": False,
-                                  "overlap_events": True})  # fmt: skip
+    config = plugin.deepspeed_config
+    fill_in(config["zero_optimization"], derive_settings(weights, strategy))
+    if "nvme" in (strategy.offload_param, strategy.offload_optimizer):
+        config.setdefault("aio", {"block_size": 1048576, "queue_depth": 8, "single_submit": False, "overlap_events": True})
+    if strategy.zero_stage == 3:
+        plugin.set_deepspeed_weakref()  # zero.Init, which transformers calls, reads a copy
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """The parameters of a module, whole also where ZeRO-3 holds shards."""
+    return Weights(tuple(Weight(name, parameter_elements(p), p.requires_grad, p.element_size()) for name, p in module.named_parameters()))
+
+
+def effective_configuration(engine) -> dict:
+    """What DeepSpeed's engine runs with, the defaults of its ZeRO section written out; JSON holds it."""
+    config = {key: value for key, value in engine.config.items() if key != "steps_per_print"}  # infinite, so that it prints nothing
+    return json.loads(json.dumps(config | {"zero_optimization": engine._config.zero_config.model_dump(mode="json")}, default=str))
 
 
 def parameter_elements(parameter: nn.Parameter) -> int:

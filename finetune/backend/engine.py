@@ -36,6 +36,7 @@ from finetune.backend.meter import Meter
 from finetune.backend.probe import check_world, has_accelerator
 from finetune.errors import UserError
 from finetune.launch import Strategy
+from finetune.memory.weights import Weights
 
 PATIENCE_SECONDS = 1800.0  # torch's and accelerate's own
 
@@ -70,10 +71,18 @@ class Engine:
         """Whether fp16 loss scaling is on: an overflow then skips the step and is nobody's fault."""
         return self.strategy.mixed_precision == "fp16"
 
+    def size_buffers(self, weights: Weights) -> None:
+        """Cut the engine's buffers to these parameters; again changes nothing. Under ZeRO-3 with NVMe, call it before they are read."""
+        if self.strategy.engine == "deepspeed":
+            ds.size_buffers(self.accelerator.state.deepspeed_plugin, weights, self.strategy)
+
+    def configuration(self) -> dict | None:
+        """DeepSpeed's effective configuration; None under another engine. After `prepare`."""
+        return ds.effective_configuration(self.accelerator.deepspeed_engine_wrapped.engine) if self.strategy.engine == "deepspeed" else None
+
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap the summed-loss module and its optimizer for this engine."""
-        if self.strategy.engine == "deepspeed":
-            ds.size_buffers(self.accelerator.state.deepspeed_plugin.deepspeed_config, list(module.parameters()))
+        self.size_buffers(ds.weights_of(module))
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
 
     def set_lr(self, learning_rate: float) -> None:

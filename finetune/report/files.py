@@ -12,6 +12,7 @@ from finetune import redact
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+DEEPSPEED_FILE = "deepspeed.json"
 
 
 def write_json(path: Path, document: dict) -> None:
@@ -48,14 +49,18 @@ class RunFiles:
     document: dict
     also: Callable[[dict], None] = lambda row: None
 
-    def start(self, recipe_text: str, window: int = 0, evaluated: Collection[int] = ()) -> None:
-        """Claim the folder: resolved recipe, run.json with status running, metrics.jsonl cut to `window` windows and the evaluations
-        at the steps in `evaluated`.
+    def start(self, recipe_text: str, window: int = 0, evaluated: Collection[int] = (), deepspeed: dict | None = None) -> None:
+        """Claim the folder: resolved recipe, DeepSpeed's configuration if it runs, run.json with status running, metrics.jsonl cut to
+        `window` windows and the evaluations at the steps in `evaluated`.
         """
         if not self.enabled:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         _replace(self.output_dir / "recipe.yaml", recipe_text)
+        if deepspeed is not None:
+            write_json(self.output_dir / DEEPSPEED_FILE, redact.tree(deepspeed))
+        else:
+            (self.output_dir / DEEPSPEED_FILE).unlink(missing_ok=True)  # of a run under another engine
         _cut(self.output_dir / METRICS_FILE, window, evaluated)
         self.update(status="running", exit_code=None)
 

@@ -1,8 +1,9 @@
 """Run under a launcher: what DeepSpeed's engines take, storage by storage, one engine after the other in one process group.
 
 Arguments: recipe.yaml out.json cases.json; a case is {name, stage, precision, offload_optimizer, offload_param, overrides, settings}.
-Per case: the model's parameters, the effective settings, the bytes alive after prepare and after a window, the most that was alive
-while preparing and in the second of two windows of two micro-batches, and what the weights' sum became.
+Per case: the effective settings, the bytes alive after prepare and the most that was alive in the second of two windows of two
+micro-batches, both of the rank that has most; the bytes written to NVMe by rank 0; and how far the trained weights then are from those of
+the first case of the same precision and kind. Of a case with `activations`, also the most of those without an engine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,11 +26,15 @@ from finetune import launch, model, recipe
 from finetune.backend import engine as backend
 from finetune.backend.probe import prepare_libraries
 from finetune.backend.storages import StorageTracker
+from finetune.memory.trace import weights_of
+from finetune.memory.weights import Weights
 from finetune.memory.zero_settings import fill_in, filled_in
 from finetune.objectives import SummedLoss
+from finetune.one_batch import relative
 from finetune.optim import make_optimizer
 
 ROWS, TOKENS = 2, 32
+references: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
 
 
 def strategy_of(case: dict) -> launch.Strategy:
@@ -45,43 +51,77 @@ def strategy_of(case: dict) -> launch.Strategy:
     return launch.from_environment(os.environ)
 
 
+@cache
+def outline(recipe_path: str, overrides: tuple[str, ...]) -> Weights:
+    """The model's parameters, before an engine under which they are sharded."""
+    loaded = recipe.load(recipe_path, overrides)
+    return weights_of(model.outline(loaded, model.facts(loaded)), loaded)
+
+
 def measure(case: dict, recipe_path: str) -> dict:
     """One engine, two windows."""
     started = time.perf_counter()
     strategy, loaded, tracker = strategy_of(case), recipe.load(recipe_path, case["overrides"]), StorageTracker()
     facts = model.facts(loaded)
+    outlined = outline(recipe_path, tuple(case["overrides"]))
+    activations = without_engine(loaded, strategy, facts) if case.get("activations") else 0
     with tracker:
         engine = backend.start(strategy, 2, ROWS, 1.0, lambda line: None)
         section = engine.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         fill_in(section, case["settings"])
-        engine.size_buffers(model.outlined(loaded, facts, strategy))
+        engine.size_buffers(outlined)
         network = model.load_model(loaded, strategy, facts, engine.device)
-        tracker.enter("prepare")
         engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
         gc.collect()
         found = {"prepared": tracker.live_bytes}
-        ids = torch.arange(ROWS * TOKENS).reshape(ROWS, TOKENS)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        batch = micro_batch()
         tracker.forget(batch.values())
-        for window in range(2):
-            tracker.enter(f"window {window}")
+        for _ in range(2):
+            tracker.peak_bytes = tracker.live_bytes
             for last in (False, True):
-                engine.micro_step(batch, 2 * ids.numel() * engine.ranks, last)
-        found["peak"] = tracker.moments["window 1"].bytes
-        found["preparing"] = tracker.moments["prepare"].bytes
+                engine.micro_step(batch, 2.0 * ROWS * TOKENS * engine.ranks, last)
+        found["peak"] = tracker.peak_bytes
+    found = {name: max(there) for name in found for there in [engine.gather_objects(found[name])]}  # of the rank that has most
+    found |= {"settings": filled_in(section), "activations": activations, "case": case["name"]}
+    found["nvme"] = sum(file.stat().st_size for file in Path(strategy.nvme_path).rglob("*.swp")) if strategy.nvme_path else 0
+    found["configuration"] = engine.configuration()
     state = engine.gather_state(only_trained=True)
-    found["settings"] = filled_in(section)
-    found["weights"] = sum(t.double().abs().sum().item() for t in state.values())
+    if state:
+        found["difference"] = relative(state, references.setdefault((case["precision"], case["kind"]), state))
     engine.release()
     gc.collect()
-    return found | {"case": case["name"], "seconds": time.perf_counter() - started}
+    return found | {"seconds": time.perf_counter() - started}
+
+
+def micro_batch() -> dict[str, torch.Tensor]:
+    """The same on every rank, every token trained but the first of a row."""
+    ids = torch.arange(ROWS * TOKENS).reshape(ROWS, TOKENS)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def without_engine(loaded, strategy, facts) -> int:
+    """Most of activations, losses and gradients on their way, adapters in float32 on a base in the compute type."""
+    network = model.load_model(loaded, strategy, facts, torch.device("cpu"))
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        else:
+            parameter.data = parameter.data.to(model.DTYPES["bfloat16"])
+    batch = micro_batch()
+    with (tracker := StorageTracker()):
+        tracker.forget([*network.parameters(), *network.buffers(), *batch.values()])
+        SummedLoss(network)(batch).backward()
+    return tracker.peak_bytes
 
 
 def main() -> None:
     recipe_path, out, cases = sys.argv[1:]
     torch.set_num_threads(1)
     prepare_libraries()
-    found = [measure(case, recipe_path) for case in json.loads(Path(cases).read_text())]
+    planned = json.loads(Path(cases).read_text())
+    for case in planned:
+        outline(recipe_path, tuple(case["overrides"]))
+    found = [measure(case, recipe_path) for case in planned]
     if int(os.environ["RANK"]) == 0:
         Path(out).write_text(json.dumps(found))
 
