@@ -105,10 +105,13 @@ def estimate(loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape
     seen = traced_once(loaded, facts, shape, min(accumulation_steps, 2) if strategy.engine == "single" else 2, numbers)
     traced = seen is not None
     seen = seen or _guessed(loaded, facts, shape, numbers)
+    seen = dataclasses.replace(seen, weights=_packed(seen.weights))
     resident = _resident(loaded, strategy, seen.weights, on_cpu, accumulation_steps)
     window = _alone(seen, resident, loaded) if strategy.engine == "single" and traced else _sharded(seen, resident)
     between = _resident(loaded, strategy, seen.weights, on_cpu, 1)  # at both ends no window has gradients of earlier micro-batches
-    parts = {place: {**_edge(between, place, "load"), **window[place], **_edge(between, place, "save")} for place in ("device", "host")}
+    total = strategy.engine == "deepspeed"
+    parts = {place: {**_edge(between, place, "load", total), **window[place], **_edge(between, place, "save", total)}
+             for place in ("device", "host")}  # fmt: skip
     if on_cpu:
         parts = {"device": {}, "host": {part: _sum(parts["device"].get(part, {}), parts["host"].get(part, {})) for part in parts["device"]}}
     spread = TRACED_SPREAD if not on_cpu else (1.0, 1.0) if strategy.engine == "single" and traced else ENGINE_SPREAD
@@ -198,10 +201,16 @@ def _decoder_shape(config, facts: ModelFacts) -> guess.DecoderShape:
     )  # fmt: skip
 
 
+def _packed(weights: Weights) -> Weights:
+    """What is traced in 16 bits because bitsandbytes cannot be, with the bytes that it takes in NF4."""
+    return dataclasses.replace(weights, all=tuple(
+        dataclasses.replace(w, bytes_each=formulas.nf4_bytes(w.elements) / w.elements) if w.quantised else w for w in weights.all))  # fmt: skip
+
+
 def _resident(loaded: Loaded, strategy: Strategy, weights: Weights, on_cpu: bool, micro_batches: int) -> Resident:
     optim = loaded.recipe.training.optim
     if strategy.engine == "deepspeed":
-        return zero.resident(weights, strategy, optim, zero_settings.derive_settings(weights, strategy), on_cpu, micro_batches)
+        return zero.resident(weights, strategy, optim, zero_settings.derive_settings(weights, strategy), on_cpu, micro_batches > 1)
     return formulas.resident_plain(weights, strategy.ranks, optim, on_cpu, micro_batches > 1)
 
 
@@ -233,10 +242,12 @@ def _sharded(seen: Profile, resident: Resident) -> dict[str, dict[str, Items]]:
     return window
 
 
-def _edge(resident: Resident, place: str, part: str) -> dict[str, Items]:
-    """`load` or `save` at a place: what comes on top then of what is there, or nothing where the formulas say nothing of it."""
+def _edge(resident: Resident, place: str, part: str, total: bool) -> dict[str, Items]:
+    """`load` or `save` at a place; nothing where the formulas say nothing of it. `total`: they say all that is there (zero.py), else
+    what comes on top.
+    """
     items = getattr(resident, part)
-    return {part: _sum(getattr(resident, place), items.get(place, {}))} if items else {}
+    return {part: _sum({} if total else getattr(resident, place), items.get(place, {}))} if items else {}
 
 
 def _sum(a: Items, b: Items) -> dict[str, float]:
