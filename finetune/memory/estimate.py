@@ -102,7 +102,7 @@ def estimate(loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape
     """
     numbers = Numbers(strategy.mixed_precision, casts=strategy.engine == "deepspeed", on_cpu=on_cpu)
     # of engines that hold the gradients, only activations and losses are traced, and K changes nothing there
-    seen = traced_once(loaded, facts, shape, min(accumulation_steps, 2) if strategy.engine == "single" else 2, numbers)
+    seen = traced_once(loaded, facts, shape, min(accumulation_steps, 2) if strategy.engine == "single" else 1, numbers)
     traced = seen is not None
     seen = seen or _guessed(loaded, facts, shape, numbers)
     seen = dataclasses.replace(seen, weights=_packed(seen.weights))
@@ -131,6 +131,11 @@ def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: 
     a multiple of the rows (tests/test_memory_plan.py compares with traces).
     """
     recipe = loaded.recipe
+    if recipe.model.load_in_4bit and (numbers.precision, facts.export_dtype) == ("bf16", "bfloat16"):
+        # what bitsandbytes makes of packed weights, each time, is what LoRA computes with: the same trace
+        plain = dataclasses.replace(loaded, recipe=recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": False})}))
+        seen = traced_once(plain, facts, shape, micro_batches, numbers)
+        return seen and Profile(seen.series, weights_of(model.outline(loaded, facts), loaded))
     key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), recipe.training.gradient_checkpointing, recipe.training.optim,
            bool(recipe.training.weight_decay), bool(recipe.training.max_grad_norm), facts, shape.tokens, shape.padded, micro_batches,
            numbers)  # fmt: skip
