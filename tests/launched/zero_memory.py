@@ -76,11 +76,11 @@ def measure(case: dict, recipe_path: str) -> dict:
         found = {"prepared": tracker.live_bytes}
         batch = micro_batch()
         tracker.forget(batch.values())
-        for _ in range(2):
-            tracker.peak_bytes = tracker.live_bytes
+        for window in ("first window", "second window"):
+            tracker.enter(window)
             for last in (False, True):
                 engine.micro_step(batch, 2.0 * ROWS * TOKENS * engine.ranks, last)
-        found["peak"] = tracker.peak_bytes
+        found["peak"] = tracker.peaks["second window"]
     found = {name: max(there) for name in found for there in [engine.gather_objects(found[name])]}  # of the rank that has most
     found |= {"settings": filled_in(section), "activations": activations, "case": case["name"]}
     found["nvme"] = sum(file.stat().st_size for file in Path(strategy.nvme_path).rglob("*.swp")) if strategy.nvme_path else 0
