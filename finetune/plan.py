@@ -122,7 +122,7 @@ def _machine(settled: Settled, device: int | None, host: int | None) -> Machine:
         memory = host_memory()
         on_host = (memory.limit_bytes * (1 - HOST_MARGIN), f"{memory.source}, less {HOST_MARGIN:.0%}")
     else:
-        on_host = (None, "no GPU here, so this host is not judged; give --host-memory")
+        on_host = (None, "no GPU here: another machine will run this; give --host-memory")
     return Machine(*on_device, *on_host)
 
 

@@ -145,7 +145,7 @@ def _launch(before: Strategy, after: Strategy, new_steps: bool) -> tuple[str | N
     if shipped is None:
         section = [f"  zero_stage: {after.zero_stage}", f"  offload_optimizer_device: {after.offload_optimizer}",
                    f"  offload_param_device: {after.offload_param}"]  # fmt: skip
-    if after.machines > 1:
+    if after.machines > 1 and after.engine == "deepspeed":
         section.append("  deepspeed_multinode_launcher: standard")
     if after.nvme_path:
         section += [f"  offload_{what}_nvme_path: {after.nvme_path}" for what in ("optimizer", "param")]

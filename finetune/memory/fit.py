@@ -13,7 +13,7 @@ from finetune import compatibility
 from finetune.errors import UserError
 from finetune.launch import Strategy
 from finetune.memory.auto import largest_that_fits, micro_batches, needed_bytes
-from finetune.memory.estimate import Estimate, Range, estimate
+from finetune.memory.estimate import HOST_LIBRARIES_BYTES, Estimate, Range, estimate
 from finetune.memory.trace import Shape
 from finetune.model import ModelFacts
 from finetune.preflight import Settled
@@ -125,8 +125,14 @@ def device_range(found: Estimate) -> Range:
 
 
 def host_range(found: Estimate, case: Case) -> Range:
-    """What all ranks of a machine take on its host."""
-    return Range(*(size * case.local_ranks for size in dataclasses.astuple(found.host_needed)))
+    """What all ranks of a machine take on its host. Without DeepSpeed rank 0 saves alone, while the others hold what they always do."""
+    sums = {part: sum(items.values()) for part, items in found.parts["host"].items()}
+    saving = sums.pop("save", 0.0) if case.strategy.engine != "deepspeed" else 0.0
+    stays = sums.get("optimizer step", 0.0)
+    most = max(case.local_ranks * max(sums.values(), default=0.0), saving + (case.local_ranks - 1) * stays)
+    factor = most / found.host.expected if found.host.expected else 1.0
+    libraries = HOST_LIBRARIES_BYTES * case.local_ranks
+    return Range(found.host.low * factor, found.host.expected * factor + libraries, found.host.high * factor + 2 * libraries)
 
 
 def _over(need: Range, limit: float | None) -> float:

@@ -97,7 +97,7 @@ def _legend(document: Mapping) -> list[str]:
         if less > 0:
             lines.append(
                 f"What it saves, {human_bytes(less)} against the whole batch at once, is the smaller micro-batch:"
-                f" {many['micro_batch_rows']} rows instead of {whole['micro_batch_rows']}."
+                f" {many['micro_batch_rows']} row{'s' * (many['micro_batch_rows'] > 1)} instead of {whole['micro_batch_rows']}."
             )
     return lines
 
@@ -113,7 +113,7 @@ def _stands(document: Mapping) -> Text:
         lines.append(f"\n  micro-batch auto: {row['micro_batch_rows']} rows x K={row['accumulation_steps']}")
     memory = document["memory"]
     if memory["host_bytes"] is None and word != "unknown":
-        lines.append(f"\n  the host is not judged: {memory['host_source']}")
+        lines.append("\n  this is the device's answer: the host is not judged without --host-memory")
     return head.append(Text("".join(lines), style="not bold default"))
 
 
