@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -61,6 +63,7 @@ def planned(recipe_path: str, overrides: Sequence[str], launch_file: str | None,
     from finetune.backend.probe import prepare_libraries
 
     prepare_libraries(strategy.use_cpu)
+    warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft settles it itself
     from finetune.memory.fit import Ground
     from finetune.model import facts
     from finetune.plan_document import document
@@ -69,6 +72,7 @@ def planned(recipe_path: str, overrides: Sequence[str], launch_file: str | None,
     model = facts(settled.loaded)
     tokens = min(settled.loaded.recipe.data.max_length, model.max_positions or sys.maxsize)
     ground = Ground(settled, model, tokens, _machine(settled, given["--device-memory"], given["--host-memory"]))
+    gc.freeze()  # traces make objects by the million, and what was imported need not be looked through each time
     return document(recipe_path, ground, notes)
 
 

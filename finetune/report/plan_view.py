@@ -137,7 +137,8 @@ def _changes(document: Mapping) -> Text | None:
     need = f"device {human_bytes(change['device']['expected'])}, host {human_bytes(change['host_total']['expected'])}"
     kept = "this changes the mathematics: other weights are trained, with a learning rate of their own" if change["changes_mathematics"] else (
         "the mathematics stays the same")  # fmt: skip
-    lines = [f"The cheapest change that makes it fit: {change['name']} ({need}; {WORDS[change['verdict']]})",
+    paper = " on paper (arithmetic, not measured)" if document["impossible"] else ""
+    lines = [f"The cheapest change that makes it fit{paper}: {change['name']} ({need}; {WORDS[change['verdict']]})",
              f"  {rows} row{'s' * (rows > 1)} x K={steps} x {ranks} rank{'s' * (ranks > 1)} = {rows * steps * ranks} rows per step,"
              f" as before ({batch['global_batch_rows']}); {kept}"]  # fmt: skip
     if change["recipe_lines"]:
@@ -145,6 +146,8 @@ def _changes(document: Mapping) -> Text | None:
     lines.append(f"  launch file: {change['launch_file']}" + (", with" if change["launch_lines"] else ", as it is"))
     lines += [f"    {line}" for line in change["launch_lines"]]
     lines.append(f"  or: {change['command']}")
+    if document["memory"]["host_bytes"] is None and change["offload_optimizer"] != "none":
+        lines.append(f"  if each machine has {human_bytes(change['host_total']['expected'])} of host memory: --host-memory has that judged, too")
     if failed:
         lines += ["Tried before:", *failed]
     return Text("\n".join(lines))
@@ -176,14 +179,15 @@ def _offload(document: Mapping) -> Text | None:
     seen = set()
     for entry in document["offload"]:
         key = (str(entry["micro_batch"]), str(entry["step"]))
-        if key in seen:
+        if key in seen or entry["name"].endswith(", K=1"):
             continue
         seen.add(key)
         once, each = (_moved(entry[part]) for part in ("step", "micro_batch"))
-        lines.append(f"  {entry['name'].removesuffix(', K=1').removesuffix(', K>1')}: once per step {once}; per micro-batch {each}")
-        lines.append("    " + "; ".join(
-            f"K={at['accumulation_steps']}: {human_seconds(at['pcie_seconds'] + at['nvme_seconds'])} a step,"
-            f" {human_seconds(at['seconds_per_micro_batch'])} a micro-batch" for at in entry["at"]))  # fmt: skip
+        lines.append(f"  {entry['name'].removesuffix(', K>1')}: once per step {once}; per micro-batch {each}")
+        busy = ", ".join(f"K={at['accumulation_steps']} {human_seconds(at['seconds_per_micro_batch'])}" for at in entry["at"])
+        own = next(at for at in entry["at"] if at["accumulation_steps"] == entry["accumulation_steps"])
+        whole = human_seconds(own["pcie_seconds"] + own["nvme_seconds"])
+        lines.append(f"    links busy per micro-batch: {busy}; a step of K={entry['accumulation_steps']}: {whole}")
     return Text("\n".join(lines))
 
 
