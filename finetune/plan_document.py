@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
+from finetune.backend.probe import has_accelerator
 from finetune.launch import Strategy
 from finetune.memory import transfer
-from finetune.memory.fit import Ground, Outcome, as_it_stands, climb, device_range, host_range, launch_file_of, nearest, outcome, table
+from finetune.memory.estimate import traces
+from finetune.memory.fit import (
+    Case,
+    Ground,
+    Outcome,
+    as_it_stands,
+    climb,
+    device_range,
+    host_range,
+    launch_file_of,
+    nearest,
+    outcome,
+    table,
+)
 from finetune.memory.weights import ITEMS
 from finetune.memory.zero_settings import derive_settings
 
@@ -20,11 +38,13 @@ def document(recipe_path: str, ground: Ground, notes: list[str]) -> dict[str, An
     """Everything that the command prints; docs/memory.md says what the keys hold. Raises UserError for what the recipe gets wrong."""
     settled = ground.settled
     strategy, batch = settled.strategy, settled.batch
-    stands = as_it_stands(ground)
-    assert stands.found is not None  # settled: what is refused has been refused
-    if batch.open:  # the micro-batch was chosen, and the other strategies are shown with the same one
+    if batch.open:  # the micro-batch is chosen first, and the other strategies are shown with the same one
+        stands = as_it_stands(ground)
         batch = dataclasses.replace(batch, per_device_rows=stands.case.rows, accumulation_steps=stands.case.steps)
-    outcomes = [outcome(ground, case) for case in table(dataclasses.replace(settled, batch=batch))]
+        outcomes = _outcomes(ground, table(dataclasses.replace(settled, batch=batch)))
+    else:
+        stands, outcomes = _side_by_side(ground, table(settled))
+    assert stands.found is not None  # settled: what is refused has been refused
     tried = climb(ground) if stands.fits is False else []
     change = tried[-1] if tried and tried[-1].fits else None
     missed = nearest(tried) if tried and change is None else None
@@ -56,6 +76,27 @@ def document(recipe_path: str, ground: Ground, notes: list[str]) -> dict[str, An
         "links": LINKS,
         "notes": notes,
     }
+
+
+def _outcomes(ground: Ground, cases: list[Case]) -> list[Outcome]:
+    return [outcome(ground, case) for case in cases]
+
+
+def _side_by_side(ground: Ground, cases: list[Case]) -> tuple[Outcome, list[Outcome]]:
+    """(the recipe as it stands, the table's outcomes). A second process traces half of them, where forking one is safe: without a GPU."""
+    if sys.platform != "linux" or (os.cpu_count() or 1) < 2 or has_accelerator():
+        return as_it_stands(ground), _outcomes(ground, cases)
+    own = [case for case in cases if case.strategy.engine != "deepspeed" and case.loaded.recipe.lora is None]
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        rest = pool.submit(_elsewhere, ground, [case for case in cases if case not in own])
+        stands, mine = as_it_stands(ground), _outcomes(ground, own)
+        theirs, traced = rest.result()
+    traces.update(traced)
+    return stands, mine + theirs
+
+
+def _elsewhere(ground: Ground, cases: list[Case]) -> tuple[list[Outcome], dict]:
+    return _outcomes(ground, cases), traces
 
 
 def row(one: Outcome) -> dict[str, Any]:
@@ -167,7 +208,7 @@ def _impossible(ground: Ground, outcomes: list[Outcome], parameters: int) -> lis
     return [
         f"{parameters / 1e9:,.1f} billion parameters x {WEIGHT_BYTES} bytes (16 bits) = {weights / 1e9:,.0f} GB of weights alone, and the device"
         f" has {limit / 1e9:,.1f} GB: {weights / limit:.1f} times too much, whatever the micro-batch and K.",
-        f"So on every device that holds all weights (one process, DDP, ZeRO-1, ZeRO-2) it is impossible. With float32 gradients, master copy"
+        f"So on every device that holds all weights (one process, DDP, ZeRO-1, ZeRO-2) it is impossible; 4-bit weights aside. To train all, with float32 gradients, master copy"
         f" and AdamW's two moments it is x {STATE_BYTES} bytes = {states / 1e9:,.0f} GB: sharded by ZeRO-3 without offload that takes"
         f" {-(-states // int(limit))} such devices before the first activation.",
     ]  # fmt: skip

@@ -121,7 +121,7 @@ def estimate(loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape
     return Estimate(parts, ranges["device"], ranges["host"], sum(resident.nvme.values()), disk, traced, seen.weights, on_cpu)
 
 
-_traced: dict[tuple, dict[int, Profile] | None] = {}  # by rows; None where the model cannot be traced
+traces: dict[tuple, dict[int, Profile] | None] = {}  # by rows; None where the model cannot be traced
 
 
 def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers) -> Profile | None:
@@ -139,7 +139,7 @@ def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: 
     key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), recipe.training.gradient_checkpointing, recipe.training.optim,
            bool(recipe.training.weight_decay), bool(recipe.training.max_grad_norm), facts, shape.tokens, shape.padded, micro_batches,
            numbers)  # fmt: skip
-    known = _traced.setdefault(key, {})
+    known = traces.setdefault(key, {})
     if known is None:
         return None
     if shape.rows not in known:
@@ -152,7 +152,7 @@ def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: 
         except UserError:
             raise
         except Exception:  # noqa: BLE001 - a model's own code may look at values, which fake tensors have none of; formulas stand in
-            _traced[key] = None
+            traces[key] = None
             return None
     return known[shape.rows]
 
