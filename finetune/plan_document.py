@@ -206,9 +206,10 @@ def _impossible(ground: Ground, outcomes: list[Outcome], parameters: int) -> lis
         return []
     states = STATE_BYTES * parameters
     return [
-        f"{parameters / 1e9:,.1f} billion parameters x {WEIGHT_BYTES} bytes (16 bits) = {weights / 1e9:,.0f} GB of weights alone, and the device"
-        f" has {limit / 1e9:,.1f} GB: {weights / limit:.1f} times too much, whatever the micro-batch and K.",
-        f"So on every device that holds all weights (one process, DDP, ZeRO-1, ZeRO-2) it is impossible; 4-bit weights aside. To train all, with float32 gradients, master copy"
+        f"{parameters / 1e9:,.1f} billion parameters x {WEIGHT_BYTES} bytes (16 bits) = {weights / 1e9:,.0f} GB of weights alone, and the"
+        f" device has {limit / 1e9:,.1f} GB: {weights / limit:.1f} times too much, whatever the micro-batch and K.",
+        f"So on every device that holds all weights (one process, DDP, ZeRO-1, ZeRO-2) it is impossible; 4-bit weights aside."
+        f" To train all, with float32 gradients, master copy"
         f" and AdamW's two moments it is x {STATE_BYTES} bytes = {states / 1e9:,.0f} GB: sharded by ZeRO-3 without offload that takes"
         f" {-(-states // int(limit))} such devices before the first activation.",
     ]  # fmt: skip

@@ -79,7 +79,8 @@ def _row(one: dict) -> str:
                one["disk"]]  # fmt: skip
     cells = [_gib(size) for size in numbers]
     cells[len(COLUMNS)] = f"**{cells[len(COLUMNS)]}**"
-    return f"| {one['name']} | {one['micro_batch_rows']} x {one['accumulation_steps']} | {' | '.join(cells)} | {one['peak']} | {one['verdict']} |"
+    batch = f"{one['micro_batch_rows']} x {one['accumulation_steps']}"
+    return f"| {' | '.join([one['name'], batch, *cells, one['peak'], one['verdict']])} |"
 
 
 def _gib(size: float) -> str:
@@ -89,13 +90,13 @@ def _gib(size: float) -> str:
 def _verdict(found: dict) -> list[str]:
     stands = found["as_it_stands"]
     three = " / ".join(human_bytes(stands["device"][name]) for name in ("low", "expected", "high"))
-    lines = [f"As it stands: **{found['verdict']}** (device, low / expected / high: {three}; host {human_bytes(stands['host_total']['expected'])}"
-             " per machine)."]  # fmt: skip
+    host = human_bytes(stands["host_total"]["expected"])
+    lines = [f"As it stands: **{found['verdict']}** (device, low / expected / high: {three}; host {host} per machine)."]
     change = found["change"]
     if change:
         lines.append(
-            f"The cheapest change that makes it fit: {change['name']}, {change['micro_batch_rows']} rows x K={change['accumulation_steps']},"
-            f" `{change['launch_file']}`: device {human_bytes(change['device']['expected'])}, host"
+            f"The cheapest change that makes it fit: {change['name']}, {change['micro_batch_rows']} rows x"
+            f" K={change['accumulation_steps']}, `{change['launch_file']}`: device {human_bytes(change['device']['expected'])}, host"
             f" {human_bytes(change['host_total']['expected'])}."
         )
     elif found["nearest"]:
@@ -126,7 +127,7 @@ def main() -> None:
     text = page()
     if "--check" in sys.argv[1:]:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
-        print("docs/memory.md is up to date" if same else "docs/memory.md is out of date; run python scripts/memory_tables.py", file=sys.stderr)
+        print(f"docs/memory.md is {'up to date' if same else 'out of date; run python scripts/memory_tables.py'}", file=sys.stderr)
         sys.exit(not same)
     PAGE.write_text(text, encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")

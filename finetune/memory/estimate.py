@@ -133,7 +133,8 @@ def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: 
     recipe = loaded.recipe
     if recipe.model.load_in_4bit and (numbers.precision, facts.export_dtype) == ("bf16", "bfloat16"):
         # what bitsandbytes makes of packed weights, each time, is what LoRA computes with: the same trace
-        plain = dataclasses.replace(loaded, recipe=recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": False})}))
+        unpacked = recipe.model.model_copy(update={"load_in_4bit": False})
+        plain = dataclasses.replace(loaded, recipe=recipe.model_copy(update={"model": unpacked}))
         seen = traced_once(plain, facts, shape, micro_batches, numbers)
         return seen and Profile(seen.series, weights_of(model.outline(loaded, facts), loaded))
     key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), recipe.training.gradient_checkpointing, recipe.training.optim,
@@ -179,8 +180,8 @@ def _guessed(loaded: Loaded, facts: ModelFacts, shape: Shape, numbers: Numbers) 
         raise
     except Exception as error:  # noqa: BLE001 - the model's own code, which may raise anything
         raise UserError(
-            f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}, whose memory cannot be estimated: {facts.architecture} cannot"
-            f" be built from its config without weights ({reason(error)}). Give a model of a class that transformers has."
+            f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}, whose memory cannot be estimated: {facts.architecture}"
+            f" cannot be built from its config without weights ({reason(error)}). Give a model of a class that transformers has."
         ) from error
     mixed, lora = numbers.precision != "no", loaded.recipe.lora is not None
     autocast = mixed and not numbers.casts
@@ -191,7 +192,8 @@ def _guessed(loaded: Loaded, facts: ModelFacts, shape: Shape, numbers: Numbers) 
     expected = {part: {item: round(size.expected + casts.get(part, 0) * (item == "activations")) for item, size in items.items()}
                 for part, items in found.items()}  # fmt: skip
     loss, layer = expected["loss"], expected["layer"]
-    return Profile({"forward": [{"activations": loss["activations"]}], "loss": [loss], "backward": [layer], "optimizer step": [{}]}, weights)
+    forward = {"activations": loss["activations"]}
+    return Profile({"forward": [forward], "loss": [loss], "backward": [layer], "optimizer step": [{}]}, weights)
 
 
 def _decoder_shape(config, facts: ModelFacts) -> guess.DecoderShape:
@@ -209,7 +211,8 @@ def _decoder_shape(config, facts: ModelFacts) -> guess.DecoderShape:
 def _packed(weights: Weights) -> Weights:
     """What is traced in 16 bits because bitsandbytes cannot be, with the bytes that it takes in NF4."""
     return dataclasses.replace(weights, all=tuple(
-        dataclasses.replace(w, bytes_each=formulas.nf4_bytes(w.elements) / w.elements) if w.quantised else w for w in weights.all))  # fmt: skip
+        dataclasses.replace(w, bytes_each=formulas.nf4_bytes(w.elements) / w.elements) if w.quantised else w
+        for w in weights.all))  # fmt: skip
 
 
 def _resident(loaded: Loaded, strategy: Strategy, weights: Weights, on_cpu: bool, micro_batches: int) -> Resident:

@@ -67,7 +67,8 @@ def _table(document: Mapping) -> Table:
         if row["refused"]:
             table.add_row(name, *["-"] * 12)
             continue
-        numbers = [row["items"][item] for item in SHORT] + [row["device"]["expected"], row["host_total"]["expected"], row["nvme_total"], row["disk"]]
+        numbers = [row["items"][item] for item in SHORT]
+        numbers += [row["device"]["expected"], row["host_total"]["expected"], row["nvme_total"], row["disk"]]
         table.add_row(name, f"{row['micro_batch_rows']} x {row['accumulation_steps']}", *map(_gib, numbers), row["peak"],
                       *([Text(row["verdict"], style=STYLES.get(row["verdict"], ""))] * judged))  # fmt: skip
     return table
@@ -106,7 +107,8 @@ def _stands(document: Mapping) -> Text:
     row, word = document["as_it_stands"], document["verdict"]
     device, host = row["device"], row["host_total"]
     need = f"device {_three(device)}" if row["parts"]["device"] else f"tensors {_three(device)}"
-    head = Text("As it stands: " + (WORDS.get(word) or "unknown whether it fits; give --device-memory"), style=f"bold {STYLES.get(word, '')}".strip())
+    verdict = WORDS.get(word) or "unknown whether it fits; give --device-memory"
+    head = Text(f"As it stands: {verdict}", style=f"bold {STYLES.get(word, '')}".strip())
     per = "" if host == row["host"] else " for all ranks of a machine"
     lines = [f"\n  low / expected / high: {need}; host {_three(host)}{per}"]
     if row["micro_batch_rows"] and document["batch"]["open"]:
@@ -135,8 +137,9 @@ def _changes(document: Mapping) -> Text | None:
         return Text("\n".join(lines))
     rows, steps, ranks = change["micro_batch_rows"], change["accumulation_steps"], document["launch"]["ranks"]
     need = f"device {human_bytes(change['device']['expected'])}, host {human_bytes(change['host_total']['expected'])}"
-    kept = "this changes the mathematics: other weights are trained, with a learning rate of their own" if change["changes_mathematics"] else (
-        "the mathematics stays the same")  # fmt: skip
+    kept = "the mathematics stays the same"
+    if change["changes_mathematics"]:
+        kept = "this changes the mathematics: other weights are trained, with a learning rate of their own"
     paper = " on paper (arithmetic, not measured)" if document["impossible"] else ""
     lines = [f"The cheapest change that makes it fit{paper}: {change['name']} ({need}; {WORDS[change['verdict']]})",
              f"  {rows} row{'s' * (rows > 1)} x K={steps} x {ranks} rank{'s' * (ranks > 1)} = {rows * steps * ranks} rows per step,"
@@ -147,7 +150,8 @@ def _changes(document: Mapping) -> Text | None:
     lines += [f"    {line}" for line in change["launch_lines"]]
     lines.append(f"  or: {change['command']}")
     if document["memory"]["host_bytes"] is None and change["offload_optimizer"] != "none":
-        lines.append(f"  if each machine has {human_bytes(change['host_total']['expected'])} of host memory: --host-memory has that judged, too")
+        host = human_bytes(change["host_total"]["expected"])
+        lines.append(f"  if each machine has {host} of host memory: --host-memory has that judged, too")
     if failed:
         lines += ["Tried before:", *failed]
     return Text("\n".join(lines))
@@ -156,8 +160,8 @@ def _changes(document: Mapping) -> Text | None:
 def _miss(row: Mapping) -> str:
     if row["refused"]:
         return f"not possible: {row['refused']}"
-    over = [f"{human_bytes(row[key])} too much on the {place}" for place, key in (("device", "over_device_bytes"), ("host", "over_host_bytes"))
-            if row[key]]  # fmt: skip
+    places = {"device": "over_device_bytes", "host": "over_host_bytes"}
+    over = [f"{human_bytes(row[key])} too much on the {place}" for place, key in places.items() if row[key]]
     return " and ".join(over)
 
 
@@ -173,8 +177,8 @@ def _offload(document: Mapping) -> Text | None:
         return None
     links = document["links"]
     lines = [
-        f"Offload, per rank and optimizer step. Arithmetic, not measured: PCIe at {links['pcie_bytes_per_second'] / 1e9:g} GB/s, one NVMe disk"
-        f" at {links['nvme_bytes_per_second'] / 1e9:g} GB/s, nothing overlapping; computing comes on top."
+        f"Offload, per rank and optimizer step. Arithmetic, not measured: PCIe at {links['pcie_bytes_per_second'] / 1e9:g} GB/s, one NVMe"
+        f" disk at {links['nvme_bytes_per_second'] / 1e9:g} GB/s, nothing overlapping; computing comes on top."
     ]
     seen = set()
     for entry in document["offload"]:
