@@ -29,7 +29,7 @@ def check(recipe_path: str, overrides: Sequence[str], launch_file: str | None, a
     has one.
     """
     found: dict[str, Any] = {"recipe": recipe_path}
-    with _stdout_is_stderr() if as_json else contextlib.nullcontext(sys.stdout) as output:
+    with stdout_is_stderr() if as_json else contextlib.nullcontext(sys.stdout) as output:
         try:
             settled = first_stage(recipe_path, overrides, launch_file)
             found |= {"launch": dataclasses.asdict(settled.strategy), "batch": dataclasses.asdict(settled.batch)}
@@ -48,7 +48,7 @@ def check(recipe_path: str, overrides: Sequence[str], launch_file: str | None, a
 
 
 @contextlib.contextmanager
-def _stdout_is_stderr() -> Iterator[Any]:
+def stdout_is_stderr() -> Iterator[Any]:
     """Libraries print to file descriptor 1; while this holds that is stderr, and what is yielded writes to stdout."""
     sys.stdout.flush()
     saved = os.dup(1)

@@ -58,6 +58,26 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    launch: Annotated[Optional[str], typer.Option(help="an accelerate_configs/*.yaml; single_gpu or multi_gpu.yaml without it")] = None,
+    device_memory: Annotated[Optional[str], typer.Option(help="of each device, such as 40GiB")] = None,
+    host_memory: Annotated[Optional[str], typer.Option(help="of each machine, such as 512GiB")] = None,
+    ranks: Annotated[Optional[int], typer.Option(help="devices over all machines, instead of the launch file's")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
+    """Say what a recipe takes in memory, whether it fits, and the cheapest change that makes it fit; needs no GPU and no weights."""
+
+    def body() -> None:
+        from finetune.plan import plan as plan_recipe
+
+        plan_recipe(recipe, overrides or [], launch, device_memory, host_memory, ranks, as_json)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
 def verify(
     recipe: Recipe,
     overrides: Overrides = None,

@@ -92,10 +92,14 @@ ROWS = (
 )
 
 
+def met(recipe: Recipe, strategy: Strategy) -> list[Row]:
+    """The rows that this recipe and this launch meet; none when they go together."""
+    return [row for row in ROWS if row.holds(recipe, strategy)]
+
+
 def refusals(loaded: Loaded, strategy: Strategy) -> list[str]:
-    """A sentence for every row that this recipe and this launch file meet; empty when they go together."""
-    found = [row for row in ROWS if row.holds(loaded.recipe, strategy)]
-    return [_sentence(row, loaded, strategy) for row in found]
+    """A sentence for every row that is met."""
+    return [_sentence(row, loaded, strategy) for row in met(loaded.recipe, strategy)]
 
 
 def check(loaded: Loaded, strategy: Strategy) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from finetune.backend.probe import device_limit_bytes, has_accelerator
 from finetune.errors import UserError
@@ -38,6 +38,23 @@ def needed_bytes(found: Estimate) -> float:
     return found.host.high / found.host.expected * found.step_bytes if found.on_cpu else found.device_needed.expected
 
 
+def micro_batches(settled: Settled) -> list[int]:
+    """Rows per micro-batch that divide the global batch of this many ranks, smallest first."""
+    of_rank = settled.batch.global_batch_rows // settled.batch.ranks
+    return [rows for rows in range(1, of_rank + 1) if of_rank % rows == 0 and rows < fewest_rows(settled)]
+
+
+def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The largest of these micro-batches that fits, smallest first; 0 where none does. Asks for about log2 of them."""
+    if len(sizes) and fits(sizes[-1]):  # the whole batch is alone in having no gradients beside its activations: asked by itself
+        return sizes[-1]
+    low, high = -1, len(sizes) - 1  # sizes[low] fits, sizes[high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+    return sizes[low] if low >= 0 else 0
+
+
 def choose_micro_batch(settled: Settled, facts: ModelFacts, longest_tokens: int, say: Callable[[str], None]) -> BatchPlan:
     """The batch with the largest micro-batch whose rows of at most `longest_tokens` fit; says what was chosen and what did not fit.
 
@@ -46,7 +63,7 @@ def choose_micro_batch(settled: Settled, facts: ModelFacts, longest_tokens: int,
     loaded, strategy, batch = settled.loaded, settled.strategy, settled.batch
     budget, source = budget_bytes(settled)
     of_rank = batch.global_batch_rows // batch.ranks
-    sizes = [n for n in range(1, of_rank + 1) if of_rank % n == 0 and n < fewest_rows(settled)]
+    sizes = micro_batches(settled)
     needs: dict[int, float] = {}
 
     def fits(rows: int) -> bool:
@@ -54,15 +71,7 @@ def choose_micro_batch(settled: Settled, facts: ModelFacts, longest_tokens: int,
         needs[rows] = needed_bytes(estimate(loaded, facts, strategy, shape, of_rank // rows, on_cpu=not has_accelerator()))
         return needs[rows] <= budget
 
-    chosen = 0
-    if len(sizes) and fits(sizes[-1]):  # alone in having no gradients beside its activations, if K is 1
-        chosen = sizes[-1]
-    else:
-        low, high = -1, len(sizes) - 1  # sizes[low] fits, sizes[high] does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
-        chosen = sizes[low] if low >= 0 else 0
+    chosen = largest_that_fits(sizes, fits)
     if not chosen:
         raise UserError(
             f"{loaded.where(KEY)}: not one row of {longest_tokens} tokens fits: it takes {human_bytes(needs[sizes[0]])}, and there is"

@@ -7,13 +7,17 @@ zero.py). Where a model cannot be traced, formulas with a wide range stand in, a
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
+from finetune import model
+from finetune.errors import UserError, reason
 from finetune.launch import Strategy
 from finetune.limits import DTYPE_BYTES
-from finetune.memory import formulas
-from finetune.memory.trace import Numbers, Profile, Shape, part_of, profile
+from finetune.memory import formulas, guess, zero, zero_settings
+from finetune.memory.trace import Numbers, Profile, Shape, continued, part_of, profile, weights_of
 from finetune.memory.weights import Resident, Weights
 from finetune.model import ModelFacts
 from finetune.recipe import Loaded
@@ -28,7 +32,6 @@ FRAGMENTED_SHARE = 0.05
 HOST_LIBRARIES_BYTES = 0.5 * 2**30
 TRACED_SPREAD = (0.97, 1.05)  # other kernels than the traced ones: attention, workspaces
 ENGINE_SPREAD = (0.9, 1.1)  # what DDP and ZeRO hold is arithmetic; one process on the CPU is traced to the byte
-FORMULA_SPREAD = (0.6, 1.8)  # of activations and losses where nothing was traced
 
 
 @dataclass(frozen=True)
@@ -98,39 +101,125 @@ def estimate(loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape
     Raises UserError where the recipe asks for what this model does not have.
     """
     numbers = Numbers(strategy.mixed_precision, casts=strategy.engine == "deepspeed", on_cpu=on_cpu)
-    seen = traced_once(loaded, facts, shape, min(accumulation_steps, 2), numbers)
-    resident = _resident(loaded, strategy, seen.weights, on_cpu, accumulation_steps > 1)
-    window = _sharded(seen, resident) if strategy.engine != "single" else _alone(seen, resident, loaded)
-    parts = {place: {**_edge(resident, place, "load"), **window[place], **_edge(resident, place, "save")} for place in ("device", "host")}
+    # of engines that hold the gradients, only activations and losses are traced, and K changes nothing there
+    seen = traced_once(loaded, facts, shape, min(accumulation_steps, 2) if strategy.engine == "single" else 1, numbers)
+    traced = seen is not None
+    seen = seen or _guessed(loaded, facts, shape, numbers)
+    seen = dataclasses.replace(seen, weights=_packed(seen.weights))
+    resident = _resident(loaded, strategy, seen.weights, on_cpu, accumulation_steps)
+    window = _alone(seen, resident, loaded) if strategy.engine == "single" and traced else _sharded(seen, resident)
+    between = _resident(loaded, strategy, seen.weights, on_cpu, 1)  # at both ends no window has gradients of earlier micro-batches
+    total = strategy.engine == "deepspeed"
+    parts = {place: {**_edge(between, place, "load", total), **window[place], **_edge(between, place, "save", total)}
+             for place in ("device", "host")}  # fmt: skip
     if on_cpu:
         parts = {"device": {}, "host": {part: _sum(parts["device"].get(part, {}), parts["host"].get(part, {})) for part in parts["device"]}}
-    spread = TRACED_SPREAD if not on_cpu else (1.0, 1.0) if strategy.engine == "single" else ENGINE_SPREAD
-    ranges = {place: _range(parts[place], spread) for place in parts}
+    spread = TRACED_SPREAD if not on_cpu else (1.0, 1.0) if strategy.engine == "single" and traced else ENGINE_SPREAD
+    ranges = {place: _range(parts[place], spread, spread if traced else (guess.LOW, guess.HIGH)) for place in parts}
     kept = loaded.recipe.checkpoint.save_total_limit
     disk = formulas.checkpoints_bytes(seen.weights, loaded.recipe.training.optim, kept, DTYPE_BYTES[facts.export_dtype])
-    return Estimate(parts, ranges["device"], ranges["host"], sum(resident.nvme.values()), disk, True, seen.weights, on_cpu)
+    return Estimate(parts, ranges["device"], ranges["host"], sum(resident.nvme.values()), disk, traced, seen.weights, on_cpu)
 
 
-_traced: dict[tuple, Profile] = {}
+traces: dict[tuple, dict[int, Profile] | None] = {}  # by rows; None where the model cannot be traced
 
 
-def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers) -> Profile:
-    """`profile`, which is a function of these alone."""
+def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers) -> Profile | None:
+    """`profile`, which is a function of these alone; None where the model's own code does not run on fake tensors.
+
+    Two numbers of padded rows are traced; others are continued from them, event by event, because every tensor's size is a constant and
+    a multiple of the rows (tests/test_memory_plan.py compares with traces).
+    """
     recipe = loaded.recipe
+    if recipe.model.load_in_4bit and (numbers.precision, facts.export_dtype) == ("bf16", "bfloat16"):
+        # what bitsandbytes makes of packed weights, each time, is what LoRA computes with: the same trace
+        unpacked = recipe.model.model_copy(update={"load_in_4bit": False})
+        plain = dataclasses.replace(loaded, recipe=recipe.model_copy(update={"model": unpacked}))
+        seen = traced_once(plain, facts, shape, micro_batches, numbers)
+        return seen and Profile(seen.series, weights_of(model.outline(loaded, facts), loaded))
     key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), recipe.training.gradient_checkpointing, recipe.training.optim,
-           bool(recipe.training.weight_decay), bool(recipe.training.max_grad_norm), facts, shape, micro_batches, numbers)  # fmt: skip
-    if key not in _traced:
-        _traced[key] = profile(loaded, facts, shape, micro_batches, numbers)
-    return _traced[key]
+           bool(recipe.training.weight_decay), bool(recipe.training.max_grad_norm), facts, shape.tokens, shape.padded, micro_batches,
+           numbers)  # fmt: skip
+    known = traces.setdefault(key, {})
+    if known is None:
+        return None
+    if shape.rows not in known:
+        if len(known) > 1:
+            (first, one), (second, other) = sorted(known.items())[:2]
+            times = Fraction(shape.rows - first, second - first)
+            return Profile(continued(one.series, other.series, times), one.weights)
+        try:
+            known[shape.rows] = _quietly_profiled(loaded, facts, shape, micro_batches, numbers)
+        except UserError:
+            raise
+        except Exception:  # noqa: BLE001 - a model's own code may look at values, which fake tensors have none of; formulas stand in
+            traces[key] = None
+            return None
+    return known[shape.rows]
 
 
-def _resident(loaded: Loaded, strategy: Strategy, weights: Weights, on_cpu: bool, accumulates: bool) -> Resident:
+def _quietly_profiled(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers) -> Profile:
+    """Without the traceback that torch logs of an operation that refuses fake tensors."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        return profile(loaded, facts, shape, micro_batches, numbers)
+    finally:
+        log.setLevel(level)
+
+
+def _guessed(loaded: Loaded, facts: ModelFacts, shape: Shape, numbers: Numbers) -> Profile:
+    """What formulas say of activations and losses, as a trace would. Raises UserError where not even the outline can be built."""
+    key = "model.name_or_path"
+    try:
+        network = model.outline(loaded, facts)
+        config, weights = network.config.get_text_config(), weights_of(network, loaded)
+        decoder = _decoder_shape(config, facts)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the model's own code, which may raise anything
+        raise UserError(
+            f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}, whose memory cannot be estimated: {facts.architecture}"
+            f" cannot be built from its config without weights ({reason(error)}). Give a model of a class that transformers has."
+        ) from error
+    mixed, lora = numbers.precision != "no", loaded.recipe.lora is not None
+    autocast = mixed and not numbers.casts
+    checkpointing = loaded.recipe.training.gradient_checkpointing
+    compute = 2 if mixed else DTYPE_BYTES[facts.export_dtype] if lora else 4
+    found = guess.guess_activations(decoder, shape.rows, shape.tokens, compute, checkpointing, autocast, lora)
+    casts = {"loss": guess.cast_bytes(weights), "layer": 0 if checkpointing else guess.cast_bytes(weights)} if autocast else {}
+    expected = {part: {item: round(size.expected + casts.get(part, 0) * (item == "activations")) for item, size in items.items()}
+                for part, items in found.items()}  # fmt: skip
+    loss, layer = expected["loss"], expected["layer"]
+    forward = {"activations": loss["activations"]}
+    return Profile({"forward": [forward], "loss": [loss], "backward": [layer], "optimizer step": [{}]}, weights)
+
+
+def _decoder_shape(config, facts: ModelFacts) -> guess.DecoderShape:
+    """A text config's numbers; of a mixture of experts, as many of them as a token passes through."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    width = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    return guess.DecoderShape(
+        hidden=hidden, intermediate=width * experts, layers=config.num_hidden_layers, heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        vocabulary=facts.vocabulary,
+    )  # fmt: skip
+
+
+def _packed(weights: Weights) -> Weights:
+    """What is traced in 16 bits because bitsandbytes cannot be, with the bytes that it takes in NF4."""
+    return dataclasses.replace(weights, all=tuple(
+        dataclasses.replace(w, bytes_each=formulas.nf4_bytes(w.elements) / w.elements) if w.quantised else w
+        for w in weights.all))  # fmt: skip
+
+
+def _resident(loaded: Loaded, strategy: Strategy, weights: Weights, on_cpu: bool, micro_batches: int) -> Resident:
     optim = loaded.recipe.training.optim
     if strategy.engine == "deepspeed":
-        from finetune.memory import zero
-
-        return zero.resident(weights, strategy, optim, zero.derive_settings(weights, strategy), on_cpu)
-    return formulas.resident_plain(weights, strategy.ranks, optim, on_cpu, accumulates)
+        return zero.resident(weights, strategy, optim, zero_settings.derive_settings(weights, strategy), on_cpu, micro_batches > 1)
+    return formulas.resident_plain(weights, strategy.ranks, optim, on_cpu, micro_batches > 1)
 
 
 def _alone(seen: Profile, resident: Resident, loaded: Loaded) -> dict[str, dict[str, Items]]:
@@ -161,16 +250,23 @@ def _sharded(seen: Profile, resident: Resident) -> dict[str, dict[str, Items]]:
     return window
 
 
-def _edge(resident: Resident, place: str, part: str) -> dict[str, Items]:
-    """`load` or `save` at a place: what is there then, or nothing where the formulas say nothing of it."""
+def _edge(resident: Resident, place: str, part: str, total: bool) -> dict[str, Items]:
+    """`load` or `save` at a place; nothing where the formulas say nothing of it. `total`: they say all that is there (zero.py), else
+    what comes on top.
+    """
     items = getattr(resident, part)
-    return {part: items.get(place, {})} if items else {}
+    return {part: _sum({} if total else getattr(resident, place), items.get(place, {}))} if items else {}
 
 
 def _sum(a: Items, b: Items) -> dict[str, float]:
     return {item: a.get(item, 0.0) + b.get(item, 0.0) for item in {*a, *b}}
 
 
-def _range(parts: Mapping[str, Items], spread: tuple[float, float]) -> Range:
-    peak = max((sum(items.values()) for items in parts.values()), default=0.0)
-    return Range(peak * spread[0], peak, peak * spread[1])
+def _range(parts: Mapping[str, Items], spread: tuple[float, float], dynamic: tuple[float, float]) -> Range:
+    """The peak, with these factors for its ends; `dynamic` those of activations and losses."""
+
+    def peak(place: int | None) -> float:
+        factors = (1.0, 1.0) if place is None else (spread[place], dynamic[place])
+        return max((sum(size * factors[item in DYNAMIC] for item, size in items.items()) for items in parts.values()), default=0.0)
+
+    return Range(peak(0), peak(None), peak(1))

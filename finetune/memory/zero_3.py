@@ -52,7 +52,14 @@ def stage_3(at: Layout) -> Resident:
     at.flush["device"][BUFFERS] += max(copied, GRADIENT_BYTES * -(-reduced // at.ranks) if at.mixed else 0)
     # zero.Init makes each parameter whole, then takes its part (partition_parameters.py, _zero_init_param); rank 0 reads the checkpoint
     # through its file's pages, which the kernel can drop (transformers 5.23, _load_state_dict_into_zero3_model)
-    at.load["host" if at.on_cpu else "device"][PARAMETERS] += at.compute * (shard.all + 2 * at.weights.largest_elements)
+    # with parameter offload the parts lie on the host from the start (Init: remote_device), page-locked one by one, or on the disk
+    at.load["host" if at.on_cpu else "device"][PARAMETERS] += at.compute * 2 * at.weights.largest_elements
+    if at.parameter_place == "device" or at.on_cpu:
+        at.load["host" if at.on_cpu else "device"][PARAMETERS] += at.compute * shard.all
+    else:
+        parts = [at.compute * -(-weight.elements // at.ranks) for weight in at.weights.all]
+        kept = parts if at.parameter_place == "host" else [size for size in parts if size < SWAPPED_BYTES]
+        at.load["host"][PARAMETERS] += sum(at.host_bytes(size, "offload_param") for size in kept)
     at.saving(MASTER_BYTES * shard.largest_group)
     persistent = _persistent_bytes(at)
     return at.result(persistent + _fetched_bytes(at), persistent)
