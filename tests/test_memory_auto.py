@@ -64,7 +64,7 @@ def test_auto_stays_below_its_budget_on_two_ranks(small, tmp_path, stage):
 
 @pytest.mark.slow
 def test_a_device_that_disagrees_gets_the_next_smaller_micro_batch_and_the_same_global_batch(tmp_path):
-    small = small_recipe(tmp_path / "many", rows=330)
+    small = small_recipe(tmp_path / "many", rows=700)
     output = tmp_path / "run"
     sizes = ["training.global_batch_size=256", "training.per_device_train_batch_size=auto", "training.max_steps=2"]
     done = run([sys.executable, ROOT / "tests/launched/tight_trial.py", small, *sizes, f"output_dir={output}"])

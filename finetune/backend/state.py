@@ -36,7 +36,7 @@ def save_state(engine: Engine, folder: Path) -> list[str]:
     if engine.rank != 0:
         return []
     tensors: dict[str, Tensor] = {}
-    scalars = _split(engine.optimizer.optimizer.state_dict()["state"], "", tensors)
+    scalars = _split(engine.optimizer.optimizer.state_dict()["state"], "", tensors, set())
     scaler = engine.accelerator.scaler
     document = {"state": scalars, "loss_scaler": scaler.state_dict() if scaler is not None else None}
     try:
@@ -165,16 +165,24 @@ def _save_shards(engine: Engine, folder: Path) -> list[str]:
     return [name for name in names if owner[name] == engine.rank]
 
 
-def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, its tensors moved to `tensors` under a name of their own. Keys of dictionaries become text."""
+def _split(value: Any, name: str, tensors: dict[str, Tensor], storages: set[int]) -> Any:
+    """`value` as JSON, its tensors moved to `tensors` under a name of their own. Keys of dictionaries become text.
+
+    No copy beside the states where they lie, which may be all that a device has room for: those of a GPU are copied to the host, those
+    of the host are written as they are.
+    """
     if isinstance(value, Tensor):
-        # a copy: bitsandbytes gives every parameter the same table of 8-bit values, and safetensors refuses shared memory
-        tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        tensor = value.detach().cpu()
+        storage = tensor.untyped_storage()
+        alone = storage.data_ptr() not in storages and storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
+        storages.add(storage.data_ptr())
+        # bitsandbytes gives every parameter the same table of 8-bit values, and safetensors refuses shared memory
+        tensors[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"items": {str(key): _split(item, f"{name}/{key}" if name else str(key), tensors) for key, item in value.items()}}
+        return {"items": {str(key): _split(item, f"{name}/{key}" if name else str(key), tensors, storages) for key, item in value.items()}}
     if isinstance(value, (list, tuple)):
-        return {"list": [_split(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
+        return {"list": [_split(item, f"{name}/{i}", tensors, storages) for i, item in enumerate(value)]}
     return {"value": value}
 
 

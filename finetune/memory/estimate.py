@@ -100,7 +100,7 @@ def estimate(loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape
 
     Raises UserError where the recipe asks for what this model does not have.
     """
-    numbers = Numbers(strategy.mixed_precision, casts=strategy.engine == "deepspeed", on_cpu=on_cpu)
+    numbers = Numbers(strategy.mixed_precision, strategy.engine == "deepspeed", on_cpu, adapters_stay=strategy.zero_stage == 3)
     # of engines that hold the gradients, only activations and losses are traced, and K changes nothing there
     seen = traced_once(loaded, facts, shape, min(accumulation_steps, 2) if strategy.engine == "single" else 1, numbers)
     traced = seen is not None

@@ -117,14 +117,13 @@ def _load(weights: Weights, ddp: bool, on_cpu: bool) -> dict[str, dict[str, floa
 
 
 def _save(weights: Weights, optim: str, on_cpu: bool) -> dict[str, dict[str, float]]:
-    """Rank 0 between two windows. A checkpoint clones the optimizer's tensors where they are, and safetensors takes what lies on a GPU to
-    the host, a file at a time (safetensors 0.8, _flatten_as_ptr); the export gathers its tensors on the host (engine.gather_state).
+    """What saving takes on rank 0 on top, between two windows, one after the other: a checkpoint copies the optimizer's tensors from a GPU
+    to the host, and on the host only the 8-bit tables that tensors share (backend/state.py, _split); the export gathers its tensors on
+    the host (engine.gather_state).
     """
     trained = [weight for weight in weights.all if weight.trained]
-    states = saved_optimizer_bytes((w.elements for w in trained), optim)
-    file = sum(w.elements * w.bytes_each for w in trained)
-    export = weights.bytes if weights.trained_elements == weights.elements else file
-    if on_cpu:  # one memory, one after the other
-        return {"host": {"parameters": export}} if export > states else {"device": {"optimizer states": states}}
-    host = {"parameters": export} if export > states else {"optimizer states": states}
-    return ({"device": {"optimizer states": states}} if states else {}) | {"host": host}
+    sizes = [weight.elements for weight in trained]
+    states = saved_optimizer_bytes(sizes, optim)
+    copied = states - optimizer_bytes(sizes, optim) if on_cpu else states
+    export = weights.bytes if weights.trained_elements == weights.elements else sum(w.elements * w.bytes_each for w in trained)
+    return {"host": {"parameters": export} if export > copied else {"optimizer states": copied}}

@@ -40,12 +40,14 @@ class Shape:
 @dataclass(frozen=True)
 class Numbers:
     """How numbers are computed: `precision` of the launch file; `casts`: the engine holds all weights in it (DeepSpeed) instead of
-    casting them under autocast; `on_cpu`: which optimizer and clipping run.
+    casting them under autocast; `on_cpu`: which optimizer and clipping run; `adapters_stay`: `casts` does not touch adapters
+    (under ZeRO-3, which they meet after zero.Init).
     """
 
     precision: str = "no"
     casts: bool = False
     on_cpu: bool = True
+    adapters_stay: bool = False
 
 
 Series = dict[str, list[dict[str, int]]]  # of each part of a window, the bytes alive by kind, whenever they grew
@@ -88,16 +90,28 @@ def profile(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int,
 
     Raises whatever a model's own code raises where it cannot run on fake tensors (routing that depends on values, for instance).
     """
-    network = model.outline(loaded, facts)
-    config, weights = network.config.get_text_config(), weights_of(network, loaded)
-    depth, period = config.num_hidden_layers, model.repeats(config)
+    depth, period, weights = outlined(loaded, facts)
     short = 2 * period + depth % period
-    if short + period < depth and repeated_layers(network):
+    if short + period < depth and any(weight.layer is not None for weight in weights.all):
         traced = [trace(loaded, facts, shape, micro_batches, numbers, layers, period) for layers in (short, short + period)]
         series = continued(*traced, (depth - short) // period)
     else:
         series = trace(loaded, facts, shape, micro_batches, numbers, None, period)
     return Profile(series, weights)
+
+
+_outlined: dict[tuple, tuple[int, int, Weights]] = {}
+
+
+def outlined(loaded: Loaded, facts: ModelFacts) -> tuple[int, int, Weights]:
+    """(layers, after how many they repeat, parameters) of the whole model, whose outline is built once."""
+    recipe = loaded.recipe
+    key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), facts)
+    if key not in _outlined:
+        network = model.outline(loaded, facts)
+        config = network.config.get_text_config()
+        _outlined[key] = (config.num_hidden_layers, model.repeats(config), weights_of(network, loaded))
+    return _outlined[key]
 
 
 def continued(first: Series, second: Series, times: int) -> Series:
@@ -124,7 +138,9 @@ def weights_of(network: nn.Module, loaded: Loaded) -> Weights:
     packed = set()
     if loaded.recipe.model.load_in_4bit:
         head = network.get_output_embeddings()
-        packed = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear) and m is not head and not m.weight.requires_grad}
+        # integrations/bitsandbytes.py of transformers 5.23: linear layers, and GPT-2's, which hold their weight the other way round
+        packed = {id(m.weight) for m in network.modules() if (type(m) is nn.Linear or type(m).__name__ == "Conv1D")
+                  and m is not head and not m.weight.requires_grad}  # fmt: skip
     found = tuple(
         Weight(name, p.numel(), p.requires_grad, float(p.element_size()), number.get(id(p)), id(p) in packed)
         for name, p in network.named_parameters()
@@ -142,11 +158,11 @@ def trace(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, n
           period: int = 1) -> Series:  # fmt: skip
     """What is alive during one window of a model of `layers` layers (None: all of them), after a window that made the optimizer's states."""
     network = model.outline(loaded, facts, layers)
-    if numbers.casts and numbers.precision != "no":
-        network.to(DTYPES[numbers.precision])
-    elif loaded.recipe.model.load_in_4bit and numbers.precision != "no":
-        for parameter in network.parameters():  # bitsandbytes computes with weights of this type, made from the packed ones each time
-            if not parameter.requires_grad:
+    lora, packed = loaded.recipe.lora is not None, loaded.recipe.model.load_in_4bit
+    if numbers.precision != "no" and (numbers.casts or packed):
+        # with packed weights bitsandbytes computes with weights of this type, made from them each time
+        for parameter in network.parameters():
+            if not (parameter.requires_grad and lora and (packed or numbers.adapters_stay)):
                 parameter.data = parameter.data.to(DTYPES[numbers.precision])
     tracker = StorageTracker(record=True)
     with pretending(), (contextlib.nullcontext() if shape.padded else without_padding()):
