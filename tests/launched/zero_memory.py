@@ -3,7 +3,7 @@
 Arguments: recipe.yaml out.json cases.json; a case is {name, stage, precision, offload_optimizer, offload_param, overrides, settings}.
 Per case: the effective settings, the bytes alive after prepare and the most that was alive in the second of two windows of two
 micro-batches, both of the rank that has most; the bytes written to NVMe by rank 0; and how far the trained weights then are from those of
-the first case of the same precision and kind. Of a case with `activations`, also the most of those without an engine.
+the first case of the same precision and kind.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ def measure(case: dict, recipe_path: str) -> dict:
     strategy, loaded, tracker = strategy_of(case), recipe.load(recipe_path, case["overrides"]), StorageTracker()
     facts = model.facts(loaded)
     outlined = outline(recipe_path, tuple(case["overrides"]))
-    activations = without_engine(loaded, strategy, facts) if case.get("activations") else 0
     with tracker:
         engine = backend.start(strategy, 2, ROWS, 1.0, lambda line: None)
         section = engine.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -82,7 +81,7 @@ def measure(case: dict, recipe_path: str) -> dict:
                 engine.micro_step(batch, 2.0 * ROWS * TOKENS * engine.ranks, last)
         found["peak"] = tracker.peaks["second window"]
     found = {name: max(there) for name in found for there in [engine.gather_objects(found[name])]}  # of the rank that has most
-    found |= {"settings": filled_in(section), "activations": activations, "case": case["name"]}
+    found |= {"settings": filled_in(section), "case": case["name"]}
     found["nvme"] = sum(file.stat().st_size for file in Path(strategy.nvme_path).rglob("*.swp")) if strategy.nvme_path else 0
     found["configuration"] = engine.configuration()
     state = engine.gather_state(only_trained=True)
@@ -97,21 +96,6 @@ def micro_batch() -> dict[str, torch.Tensor]:
     """The same on every rank, every token trained but the first of a row."""
     ids = torch.arange(ROWS * TOKENS).reshape(ROWS, TOKENS)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-
-
-def without_engine(loaded, strategy, facts) -> int:
-    """Most of activations, losses and gradients on their way, adapters in float32 on a base in the compute type."""
-    network = model.load_model(loaded, strategy, facts, torch.device("cpu"))
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        else:
-            parameter.data = parameter.data.to(model.DTYPES["bfloat16"])
-    batch = micro_batch()
-    with (tracker := StorageTracker()):
-        tracker.forget([*network.parameters(), *network.buffers(), *batch.values()])
-        SummedLoss(network)(batch).backward()
-    return tracker.peak_bytes
 
 
 def main() -> None:
