@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from finetune.windows import (
     Window,
     deal,
     epoch_rows,
-    largest_micro_batch,
+    largest_micro_batches,
     next_window,
     planned_windows,
     row_order,
@@ -118,30 +119,38 @@ class Job:
         return data.collate([source.row(i) for i in rows], padding)
 
 
-def largest_shape(plan: Plan) -> Shape:
-    """The micro-batch of this run with the most tokens: exact for a constant batch over rows in memory, else the most there could be."""
+def largest_shapes(plan: Plan) -> list[Shape]:
+    """The micro-batches of this run with the most tokens: of those that begin a window, and of the later ones, which meet gradients.
+
+    Exact for a constant batch over rows in memory; else one, the most there could be.
+    """
     recipe, batch, train = plan.loaded.recipe, plan.batch, plan.data.train
-    training = recipe.training
-    sizes = plan.schedule.batch
-    if recipe.data.streaming:
-        return Shape(batch.per_device_rows, recipe.data.max_length, batch.per_device_rows > 1)
-    if sizes.varies or sizes.adapts:
-        return Shape(batch.per_device_rows, int(train.lengths.max()), batch.per_device_rows > 1)
+    training, sizes = recipe.training, plan.schedule.batch
+    if recipe.data.streaming or sizes.varies or sizes.adapts:
+        longest = recipe.data.max_length if recipe.data.streaming else int(train.lengths.max())
+        return [Shape(batch.per_device_rows, longest, batch.per_device_rows > 1)]
     left = plan.schedule.planned_steps * batch.global_batch_rows
     epochs = training.num_train_epochs if training.max_steps is None else math.inf
     found, epoch = [], 0
     while left > 0 and (rows := rows_of_epoch(len(train), epochs, epoch)):
         order = row_order(len(train), training.seed, epoch)[: min(rows, left)]
-        found.append(largest_micro_batch(train.lengths, order, batch.global_batch_rows, batch.per_device_rows))
+        found.append(largest_micro_batches(train.lengths, order, batch.global_batch_rows, batch.per_device_rows, batch.ranks))
         # a window never spans two epochs: the last one of an epoch may be short, and still is a step
         left -= math.ceil(rows / batch.global_batch_rows) * batch.global_batch_rows
         epoch += 1
-    return Shape(*max(found, key=lambda one: (one[0] * one[1], one[2])))
+    places = zip_longest(*found)  # the first ones of all epochs, the later ones
+    return [Shape(*max(filter(None, place), key=lambda one: (one[0] * one[1], one[2]))) for place in places]
 
 
-def forecast(plan: Plan, shape: Shape) -> Estimate:
-    """The memory of this run before it starts, `shape` being its largest micro-batch."""
-    return estimate(plan.loaded, plan.facts, plan.strategy, shape, plan.batch.accumulation_steps, on_cpu=not has_accelerator())
+def forecast(plan: Plan) -> tuple[Estimate, Shape]:
+    """The memory of this run before it starts, and the micro-batch that decides it."""
+    first, *later = largest_shapes(plan)
+    steps = plan.batch.accumulation_steps
+    cases = [(shape, steps) for shape in later]
+    if not later or (first.rows * first.tokens, first.padded) > (later[0].rows * later[0].tokens, later[0].padded):
+        cases.append((first, 1 if later else steps))  # what begins a window meets no gradients
+    found = [(estimate(plan.loaded, plan.facts, plan.strategy, shape, k, on_cpu=not has_accelerator()), shape) for shape, k in cases]
+    return max(found, key=lambda pair: pair[0].step_bytes)
 
 
 def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> Plan:

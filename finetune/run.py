@@ -123,15 +123,14 @@ def _planned(loaded, strategy: Strategy, output_dir: Path, console) -> tuple:
     """
     from finetune.backend.probe import host_bytes
     from finetune.confirm import confirmed
-    from finetune.job import forecast, largest_shape, prepare_plan
+    from finetune.job import forecast, prepare_plan
     from finetune.memory import account
 
     plan = prepare_plan(loaded, strategy, console.say)
     _check_room(plan, output_dir, console)
     if plan.chosen:
         plan = confirmed(plan, console.say)
-    shape = largest_shape(plan)
-    found = forecast(plan, shape)
+    found, shape = forecast(plan)
     if warning := account.refuse_what_cannot_fit(plan.loaded, found):
         console.say(warning)
     return plan, account.predicted(found, shape, host_bytes()), account.expectation_line(found, shape)

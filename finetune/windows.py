@@ -203,19 +203,24 @@ def planned_windows(rows: int, batch: BatchSchedule, epochs: float) -> int:
     return windows
 
 
-def largest_micro_batch(lengths: np.ndarray, order: np.ndarray, window_rows: int, per_device_rows: int) -> tuple[int, int, bool]:
-    """(rows, longest row in tokens, whether rows differ in length) of the micro-batch with the most tokens, padding counted.
+def largest_micro_batches(
+    lengths: np.ndarray, order: np.ndarray, window_rows: int, per_device_rows: int, ranks: int = 1
+) -> list[tuple[int, int, bool]]:
+    """Of the first micro-batches of all windows, and of the later ones if there are any, the one with the most tokens, padding counted:
+    (rows, longest row in tokens, whether rows differ in length).
 
     `lengths` (rows,) are the tokens of each row; `order` the rows of one epoch, cut into windows of `window_rows` and those as `deal` does.
     """
-    starts = np.concatenate([np.arange(first, min(first + window_rows, len(order)), per_device_rows)
-                             for first in range(0, len(order), window_rows)])  # fmt: skip
+    offsets = np.arange(0, window_rows, per_device_rows)
+    starts = (np.arange(0, len(order), window_rows)[:, None] + offsets).ravel()
+    first = np.tile(offsets < ranks * per_device_rows, len(starts) // len(offsets))[starts < len(order)]
+    starts = starts[starts < len(order)]
     taken = lengths[order]
     counts = np.diff(starts, append=len(order))
     longest, shortest = np.maximum.reduceat(taken, starts), np.minimum.reduceat(taken, starts)
     size = counts * longest * 2 + (shortest < longest)  # of two with as many tokens the padded one
-    k = int(size.argmax())
-    return int(counts[k]), int(longest[k]), bool(shortest[k] < longest[k])
+    largest = [int(np.where(chosen, size, -1).argmax()) for chosen in (first, ~first) if chosen.any()]
+    return [(int(counts[k]), int(longest[k]), bool(shortest[k] < longest[k])) for k in largest]
 
 
 def deal(rows: Sequence[int], ranks: int, per_device_rows: int) -> list[list[tuple[int, ...]]]:

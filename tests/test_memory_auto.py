@@ -10,7 +10,7 @@ import pytest
 from launch_support import ROOT, launch_file, run, train
 from tiny_models import small_recipe
 
-from finetune.windows import deal, largest_micro_batch
+from finetune.windows import deal, largest_micro_batches
 
 AUTO = ["training.global_batch_size=24", "training.per_device_train_batch_size=auto", "training.max_steps=3", "evaluation.eval_steps=100"]
 
@@ -25,16 +25,18 @@ def memory_of(output) -> tuple[dict, dict]:
     return document["memory"], document["plan"]["batch"]
 
 
-@pytest.mark.parametrize("rows, window, per_device", [(50, 16, 4), (7, 8, 2), (33, 10, 5), (40, 6, 4), (1, 4, 4)])
-def test_the_largest_micro_batch_is_the_one_that_dealing_finds(rows, window, per_device):
+@pytest.mark.parametrize("rows, window, per_device, ranks", [(50, 16, 4, 1), (7, 8, 2, 2), (33, 10, 5, 1), (40, 12, 3, 2), (1, 4, 4, 1), (5, 4, 4, 1)])
+def test_the_largest_micro_batches_are_those_that_dealing_finds(rows, window, per_device, ranks):
     choose = np.random.default_rng(rows)
     for _ in range(20):
         lengths, order = choose.integers(1, 30, rows), choose.permutation(rows)
-        dealt = [lengths[list(part)] for first in range(0, rows, window)
-                 for of_rank in deal(order[first : first + window].tolist(), 1, per_device) for part in of_rank if part]  # fmt: skip
-        wanted = max((len(part) * part.max(), part.min() < part.max()) for part in dealt)
-        found_rows, longest, padded = largest_micro_batch(lengths, order, window, per_device)
-        assert (found_rows * longest, padded) == wanted
+        dealt = [(k > 0, lengths[list(part)]) for first in range(0, rows, window)
+                 for of_rank in deal(order[first : first + window].tolist(), ranks, per_device)
+                 for k, part in enumerate(of_rank) if part]  # fmt: skip
+        wanted = [max(((len(part) * part.max(), part.min() < part.max()) for is_later, part in dealt if is_later == later))
+                  for later in sorted({is_later for is_later, _ in dealt})]  # fmt: skip
+        found = largest_micro_batches(lengths, order, window, per_device, ranks)
+        assert [(count * longest, padded) for count, longest, padded in found] == wanted
 
 
 @pytest.mark.slow

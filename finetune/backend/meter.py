@@ -65,10 +65,11 @@ class Meter:
         # gradients of micro-batches before, optimizer states of windows before: engines keep them in different places
         place = (self._first, self._windows > 0, last)
         self._first, self._windows = last, self._windows + last
-        if self._tracker is None or rows * tokens <= self._seen.get(place, 0):
+        size = 2 * rows * tokens + (self._tracker is not None and not bool(batch["attention_mask"].all()))  # padding makes masks
+        if self._tracker is None or size <= self._seen.get(place, 0):
             yield
             return
-        self._seen[place] = rows * tokens
+        self._seen[place] = size
         parameters = list(module.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._tracker.forget(batch.values())
