@@ -87,16 +87,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     trackers = _start_trackers(job, console, output_dir)
     files = RunFiles(output_dir, job.engine.rank == 0, document, also=trackers.log)
     files.start(loaded.dump(), progress.position.window, [step for step, _ in progress.evaluations], job.engine.configuration())
-    try:
-        with explained(plan, job.engine):
-            summary = _train_and_export(job, files, console, facts, progress)
-        memory = account.compared(expected, job.engine.meter)
-    except BaseException as error:  # however it ends, run.json says so; then it goes on its way
-        console.end_bar()
-        end = exits.settle(error)[1]
-        files.update(status="stopped" if end.code == StopRequested.exit_code else "failed", exit_code=end.code, message=end.message)
-        trackers.finish()
-        raise
+    summary, memory = _to_the_end(job, files, console, facts, progress, expected, trackers)
     files.update(status="done", exit_code=0, summary=summary, memory=memory)
     job.engine.wait()
     _summarise(console, summary, output_dir, account.comparison_lines(memory))
@@ -125,12 +116,17 @@ def _planned(loaded, strategy: Strategy, output_dir: Path, console) -> tuple:
     from finetune.confirm import confirmed
     from finetune.job import forecast, prepare_plan
     from finetune.memory import account
+    from finetune.out_of_memory import explained
 
     plan = prepare_plan(loaded, strategy, console.say)
     _check_room(plan, output_dir, console)
     if plan.chosen:
-        plan = confirmed(plan, console.say)
-    found, shape = forecast(plan)
+        with explained(plan):
+            plan = confirmed(plan, console.say)
+    try:
+        found, shape = forecast(plan)
+    except UserError as error:  # of a model whose class cannot be built without weights: reading them says whether that is wrong
+        return plan, None, f"not predicted: {error}"
     if warning := account.refuse_what_cannot_fit(plan.loaded, found):
         console.say(warning)
     return plan, account.predicted(found, shape, host_bytes()), account.expectation_line(found, shape)
@@ -159,6 +155,23 @@ def _finished(job, output_dir: Path) -> bool:
     from finetune.report.files import is_finished
 
     return bool(job.engine.broadcast_object(is_finished(output_dir)))
+
+
+def _to_the_end(job, files, console, facts: dict, progress, expected: dict | None, trackers) -> tuple[dict, dict]:
+    """(summary, memory) of the run; however it ends, run.json says so, and then it goes on its way."""
+    from finetune.memory.account import compared
+    from finetune.out_of_memory import explained
+
+    try:
+        with explained(job.plan, job.engine):
+            return _train_and_export(job, files, console, facts, progress), compared(expected, job.engine.meter)
+    except BaseException as error:
+        console.end_bar()
+        end = exits.settle(error)[1]
+        files.update(status="stopped" if end.code == StopRequested.exit_code else "failed", exit_code=end.code, message=end.message,
+                     memory=compared(expected, job.engine.meter))  # fmt: skip
+        trackers.finish()
+        raise
 
 
 def _train_and_export(job, files, console, facts: dict, progress) -> dict:

@@ -31,15 +31,13 @@ def predicted(found: Estimate, shape: Shape, process_bytes: int) -> dict:
     }
 
 
-def compared(prediction: dict, meter: Meter) -> dict:
-    """The memory section of run.json: predicted, measured and `error` = predicted / measured - 1, None where nothing was measured."""
+def compared(prediction: dict | None, meter: Meter) -> dict:
+    """The memory section of run.json: predicted, measured and `error` = predicted / measured - 1, None where one of the two is not known."""
     measured = meter.measured()
-    pairs = {
-        "device": (prediction["device"]["expected"], measured["device_peak_bytes"]),
-        "host": (prediction["host_process"]["expected"], measured["host_peak_bytes"]),
-        "tracked": (prediction["step_bytes"], measured["tracked_peak_bytes"]),
-    }
-    error = {name: ours / theirs - 1 if theirs else None for name, (ours, theirs) in pairs.items()}
+    ours = {"device": None, "host": None, "tracked": None} if prediction is None else {
+        "device": prediction["device"]["expected"], "host": prediction["host_process"]["expected"], "tracked": prediction["step_bytes"]}  # fmt: skip
+    theirs = {"device": measured["device_peak_bytes"], "host": measured["host_peak_bytes"], "tracked": measured["tracked_peak_bytes"]}
+    error = {name: ours[name] / theirs[name] - 1 if ours[name] is not None and theirs[name] else None for name in ours}
     return {"predicted": prediction, "measured": measured, "error": error}
 
 
@@ -56,8 +54,10 @@ def expectation_line(found: Estimate, shape: Shape) -> str:
 
 
 def comparison_lines(memory: dict) -> dict[str, str]:
-    """Rows for the end-of-run summary: predicted, measured, error."""
-    prediction, measured, error = memory["predicted"], memory["measured"], memory["error"]
+    """Rows for the end-of-run summary: predicted, measured, error; measured alone where nothing was predicted."""
+    measured, error, prediction = memory["measured"], memory["error"], memory["predicted"]
+    if prediction is None:
+        return {"host memory": f"{human_bytes(measured['host_peak_bytes'])} measured (rank 0)"}
     rows = {}
     if error["device"] is not None:
         rows["device memory"] = _row(prediction["device"]["expected"], measured["device_peak_bytes"], error["device"])
