@@ -15,7 +15,7 @@ from finetune.backend.kernels import optimizer_name
 from finetune.backend.probe import has_accelerator
 from finetune.backend.selfcheck import check_scale
 from finetune.data import PreparedData, StreamRows, TokenRows
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 from finetune.launch import Strategy
 from finetune.memory.auto import choose_micro_batch
 from finetune.memory.estimate import Estimate, estimate
@@ -139,9 +139,12 @@ def largest_shape(plan: Plan) -> Shape:
     return Shape(*max(found, key=lambda one: (one[0] * one[1], one[2])))
 
 
-def forecast(plan: Plan, shape: Shape) -> Estimate:
-    """The memory of this run before it starts, `shape` being its largest micro-batch."""
-    return estimate(plan.loaded, plan.facts, plan.strategy, shape, plan.batch.accumulation_steps, on_cpu=not has_accelerator())
+def forecast(plan: Plan, shape: Shape) -> Estimate | str:
+    """The memory of this run before it starts, `shape` being its largest micro-batch; why it is not known, which is no reason not to train."""
+    try:
+        return estimate(plan.loaded, plan.facts, plan.strategy, shape, plan.batch.accumulation_steps, on_cpu=not has_accelerator())
+    except Exception as error:  # noqa: BLE001 - a model's own code may raise anything; loading it says what is really wrong
+        return f"not known beforehand: {reason(error)}"
 
 
 def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> Plan:
@@ -159,7 +162,9 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
     rows = 0 if loaded.recipe.data.streaming else len(prepared.train)  # a stream has max_steps
     schedule = make_schedule(loaded, batch, rows)
     if chosen := batch.open:
-        longest = loaded.recipe.data.max_length if loaded.recipe.data.streaming else int(prepared.train.lengths.max())
+        # rows held out come in micro-batches of the same size, and may be longer
+        held = (prepared.train, prepared.evaluation)
+        longest = loaded.recipe.data.max_length if loaded.recipe.data.streaming else max(int(r.lengths.max()) for r in held if r is not None)
         batch = choose_micro_batch(settled, facts, longest, say)
     return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule, chosen)
 

@@ -125,13 +125,17 @@ def _planned(loaded, strategy: Strategy, output_dir: Path, console) -> tuple:
     from finetune.confirm import confirmed
     from finetune.job import forecast, largest_shape, prepare_plan
     from finetune.memory import account
+    from finetune.out_of_memory import explained
 
     plan = prepare_plan(loaded, strategy, console.say)
     _check_room(plan, output_dir, console)
     if plan.chosen:
-        plan = confirmed(plan, console.say)
+        with explained(plan):
+            plan = confirmed(plan, console.say)
     shape = largest_shape(plan)
     found = forecast(plan, shape)
+    if isinstance(found, str):
+        return plan, None, found
     if warning := account.refuse_what_cannot_fit(plan.loaded, found):
         console.say(warning)
     return plan, account.predicted(found, shape, host_bytes()), account.expectation_line(found, shape)

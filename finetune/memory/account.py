@@ -31,9 +31,13 @@ def predicted(found: Estimate, shape: Shape, process_bytes: int) -> dict:
     }
 
 
-def compared(prediction: dict, meter: Meter) -> dict:
-    """The memory section of run.json: predicted, measured and `error` = predicted / measured - 1, None where nothing was measured."""
+def compared(prediction: dict | None, meter: Meter) -> dict:
+    """The memory section of run.json: predicted, measured and `error` = predicted / measured - 1, None where nothing was measured, and
+    everywhere without a prediction.
+    """
     measured = meter.measured()
+    if prediction is None:
+        return {"predicted": None, "measured": measured, "error": dict.fromkeys(("device", "host", "tracked"))}
     pairs = {
         "device": (prediction["device"]["expected"], measured["device_peak_bytes"]),
         "host": (prediction["host_process"]["expected"], measured["host_peak_bytes"]),
@@ -58,6 +62,10 @@ def expectation_line(found: Estimate, shape: Shape) -> str:
 def comparison_lines(memory: dict) -> dict[str, str]:
     """Rows for the end-of-run summary: predicted, measured, error."""
     prediction, measured, error = memory["predicted"], memory["measured"], memory["error"]
+    if prediction is None:
+        peaks = {"device memory": measured["device_peak_bytes"], "tensors": measured["tracked_peak_bytes"],
+                 "host memory": measured["host_peak_bytes"]}  # fmt: skip
+        return {name: f"{human_bytes(peak)} measured" for name, peak in peaks.items() if peak}
     rows = {}
     if error["device"] is not None:
         rows["device memory"] = _row(prediction["device"]["expected"], measured["device_peak_bytes"], error["device"])
