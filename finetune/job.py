@@ -16,7 +16,7 @@ from finetune.backend.kernels import optimizer_name
 from finetune.backend.probe import has_accelerator
 from finetune.backend.selfcheck import check_scale
 from finetune.data import PreparedData, StreamRows, TokenRows
-from finetune.errors import UserError
+from finetune.errors import UserError, reason
 from finetune.launch import Strategy
 from finetune.memory.auto import choose_micro_batch
 from finetune.memory.estimate import Estimate, estimate
@@ -142,14 +142,17 @@ def largest_shapes(plan: Plan) -> list[Shape]:
     return [Shape(*max(filter(None, place), key=lambda one: (one[0] * one[1], one[2]))) for place in places]
 
 
-def forecast(plan: Plan) -> tuple[Estimate, Shape]:
-    """The memory of this run before it starts, and the micro-batch that decides it."""
+def forecast(plan: Plan) -> tuple[Estimate, Shape] | str:
+    """The memory of this run before it starts, and the micro-batch that decides it; why it is not known, which is no reason not to train."""
     first, *later = largest_shapes(plan)
     steps = plan.batch.accumulation_steps
     cases = [(shape, steps) for shape in later]
     if not later or (first.rows * first.tokens, first.padded) > (later[0].rows * later[0].tokens, later[0].padded):
         cases.append((first, 1 if later else steps))  # what begins a window meets no gradients
-    found = [(estimate(plan.loaded, plan.facts, plan.strategy, shape, k, on_cpu=not has_accelerator()), shape) for shape, k in cases]
+    try:
+        found = [(estimate(plan.loaded, plan.facts, plan.strategy, shape, k, on_cpu=not has_accelerator()), shape) for shape, k in cases]
+    except Exception as error:  # noqa: BLE001 - a model's own code may raise anything; loading it says what is really wrong
+        return f"not known beforehand: {reason(error)}"
     return max(found, key=lambda pair: pair[0].step_bytes)
 
 
@@ -168,7 +171,9 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
     rows = 0 if loaded.recipe.data.streaming else len(prepared.train)  # a stream has max_steps
     schedule = make_schedule(loaded, batch, rows)
     if chosen := batch.open:
-        longest = loaded.recipe.data.max_length if loaded.recipe.data.streaming else int(prepared.train.lengths.max())
+        # rows held out come in micro-batches of the same size, and may be longer
+        held = (prepared.train, prepared.evaluation)
+        longest = loaded.recipe.data.max_length if loaded.recipe.data.streaming else max(int(r.lengths.max()) for r in held if r is not None)
         batch = choose_micro_batch(settled, facts, longest, say)
     return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule, chosen)
 

@@ -123,10 +123,10 @@ def _planned(loaded, strategy: Strategy, output_dir: Path, console) -> tuple:
     if plan.chosen:
         with explained(plan):
             plan = confirmed(plan, console.say)
-    try:
-        found, shape = forecast(plan)
-    except UserError as error:  # of a model whose class cannot be built without weights: reading them says whether that is wrong
-        return plan, None, f"not predicted: {error}"
+    known = forecast(plan)
+    if isinstance(known, str):
+        return plan, None, known
+    found, shape = known
     if warning := account.refuse_what_cannot_fit(plan.loaded, found):
         console.say(warning)
     return plan, account.predicted(found, shape, host_bytes()), account.expectation_line(found, shape)

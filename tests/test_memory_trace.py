@@ -76,3 +76,19 @@ def test_pretended_tensors_take_no_memory_and_real_numbers_of_bytes():
         large = torch.zeros(2**40) @ torch.zeros(2**40, 2**10)
         assert tracker.peak_bytes == 4 * (2**40 + 2**50 + 2**10)
         assert large.norm().item() == 1.0  # a number that no size depends on
+
+
+def test_adapters_on_one_layer_of_many_are_traced_whole_and_a_continued_trace_has_whole_bytes(tmp_path, monkeypatch):
+    import tiny_models
+    from finetune import launch, model, recipe
+    from finetune.memory.estimate import estimate
+    from finetune.memory.trace import Shape, outlined
+
+    monkeypatch.setitem(tiny_models.FAMILIES, "llama", ("Llama", tiny_models.SMALL | {"num_hidden_layers": 8}))
+    written = tiny_models.small_recipe(tmp_path)
+    last, plain = (recipe.load(written, overrides) for overrides in (["lora.target_modules=[layers.7.mlp.down_proj]"], []))
+    assert [outlined(loaded, model.facts(loaded))[:2] for loaded in (last, plain)] == [(8, 8), (8, 1)]
+    for loaded in (last, plain):
+        for rows in (4, 8, 6):  # the third is continued from the others
+            found = estimate(loaded, model.facts(loaded), launch.one_process("bf16"), Shape(rows, 16), 2, on_cpu=False)
+        assert found.traced and all(isinstance(size, (int, float)) for size in found.items.values())

@@ -32,9 +32,12 @@ def device_name() -> str:
 
 
 def device_limit_bytes() -> int:
-    """Memory of this process's device."""
+    """Memory of this process's device: the one of its local rank, also before Accelerate has chosen it.
+
+    To ask another one would leave this process's context there, hundreds of megabytes from every rank on the first device.
+    """
     module = torch.get_device_module(torch.accelerator.current_accelerator())
-    return int(module.mem_get_info()[1])
+    return int(module.mem_get_info(max(0, int(os.environ.get("LOCAL_RANK", "0"))) % module.device_count())[1])
 
 
 def device_peak_bytes() -> int:

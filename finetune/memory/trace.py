@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -104,17 +105,24 @@ _outlined: dict[tuple, tuple[int, int, Weights]] = {}
 
 
 def outlined(loaded: Loaded, facts: ModelFacts) -> tuple[int, int, Weights]:
-    """(layers, after how many they repeat, parameters) of the whole model, whose outline is built once."""
+    """(layers, after how many they repeat, parameters) of the whole model, whose outline is built once.
+
+    Layers whose parameters are not those of the layer one period before (adapters on some of them only, some with experts) repeat nothing.
+    """
     recipe = loaded.recipe
     key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), facts)
     if key not in _outlined:
         network = model.outline(loaded, facts)
         config = network.config.get_text_config()
-        _outlined[key] = (config.num_hidden_layers, model.repeats(config), weights_of(network, loaded))
+        period = model.repeats(config)
+        kinds = [[(name, p.shape, p.requires_grad) for name, p in layer.named_parameters()] for layer in repeated_layers(network)]
+        if kinds[period:] != kinds[:-period]:
+            period = config.num_hidden_layers
+        _outlined[key] = (config.num_hidden_layers, period, weights_of(network, loaded))
     return _outlined[key]
 
 
-def continued(first: Series, second: Series, times: int) -> Series:
+def continued(first: Series, second: Series, times: Fraction | int) -> Series:
     """The series of a model that has `times` periods of layers more than `first`, where `second` has one more.
 
     Each event of a part of a step is followed by itself. Parts whose events depend on the number of layers (the optimizer goes through
@@ -126,7 +134,7 @@ def continued(first: Series, second: Series, times: int) -> Series:
         if len(alive) != len(more):
             alive, more = ([max(events, key=lambda kinds: sum(kinds.values()))] for events in (alive, more))
         series[part] = [
-            {kind: a.get(kind, 0) + times * (b.get(kind, 0) - a.get(kind, 0)) for kind in {*a, *b}} for a, b in zip(alive, more, strict=True)
+            {kind: round(a.get(kind, 0) + times * (b.get(kind, 0) - a.get(kind, 0))) for kind in {*a, *b}} for a, b in zip(alive, more, strict=True)
         ]
     return series
 

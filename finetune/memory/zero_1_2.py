@@ -42,7 +42,8 @@ def stage_1_and_2(at: Layout) -> Resident:
     read = 4.0 * at.weights.trained_elements + sum(w.elements * w.bytes_each for w in at.frozen)
     flattening = compute * trained + device[PARAMETERS]
     at.load["host"][PARAMETERS] += max(read, flattening) if at.on_cpu else read
-    at.load["device"][PARAMETERS] += flattening
+    # where a GPU has no room for a second copy, DeepSpeed flattens on the host (the check before "Flatten on accelerator device")
+    at.load["device"][PARAMETERS] += flattening if at.on_cpu else device[PARAMETERS]
     at.saving(size)
     return at.result()
 
