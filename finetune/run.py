@@ -129,7 +129,7 @@ def _planned(loaded, strategy: Strategy, output_dir: Path, console) -> tuple:
     found, shape = known
     if warning := account.refuse_what_cannot_fit(plan.loaded, found):
         console.say(warning)
-    return plan, account.predicted(found, shape, host_bytes()), account.expectation_line(found, shape)
+    return plan, account.predicted(found, shape, plan.strategy.engine, host_bytes()), account.expectation_line(found, shape)
 
 
 def _claim(output_dir: Path, console) -> None:

@@ -13,10 +13,16 @@ from finetune.recipe import Loaded
 from finetune.report.console import human_bytes
 
 
-def predicted(found: Estimate, shape: Shape, process_bytes: int) -> dict:
+# What a trainer's process takes from the forecast to its steps beside tensors: libraries that are imported by then, kernels' own memory.
+# Medians of docs/benchmarks/memory.md's runs without it, on Linux and the CPU; a GPU's driver takes more, unmeasured.
+LATER_BYTES = {"single": 45 * 2**20, "ddp": 50 * 2**20, "deepspeed": 110 * 2**20}
+
+
+def predicted(found: Estimate, shape: Shape, engine: str, process_bytes: int) -> dict:
     """The estimate for run.json; bytes of one rank (disk: of all). `device` and `host` are what tensors take, load and save included, `step`
-    what they take in the largest micro-batch; `host_process` has what the process takes already, before any weight.
+    what they take in the largest micro-batch; `host_process` has what the process takes already, before any weight, and will take.
     """
+    process_bytes += LATER_BYTES[engine]
     return {
         "device": dataclasses.asdict(found.device),
         "host": dataclasses.asdict(found.host),
