@@ -1,4 +1,4 @@
-"""A micro-batch that was chosen by memory, tried on the device before training: one window of the longest rows, thrown away."""
+"""A micro-batch that was chosen by memory, tried on the device before training: windows of the longest rows, thrown away."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from finetune.job import Plan, assemble
 from finetune.memory.auto import next_smaller
 from finetune.one_batch import accumulate
 from finetune.report.console import human_bytes
+
+WINDOWS = 20  # at most: one makes the optimizer's states, the next has them beside its activations; fp16's scaler skips some at first
 
 
 def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
@@ -42,12 +44,17 @@ def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
 
 
 def _runs_out(plan: Plan) -> str:
-    """Whether one window of the longest rows runs out of memory on any rank, in words; nothing of it is kept."""
+    """Whether windows of the longest rows run out of memory on any rank, in words; nothing of it is kept."""
     job, reason = assemble(plan, lambda line: None), ""
     try:
         longest = np.argsort(plan.data.train.lengths, kind="stable")[-plan.batch.per_device_rows :]
         batch = job.collate(job.train_rows, tuple(longest.tolist()))
-        accumulate(job.engine, [batch] * min(2, plan.batch.accumulation_steps))
+        stepped = False
+        for _ in range(WINDOWS):
+            accumulate(job.engine, [batch] * min(2, plan.batch.accumulation_steps))
+            if stepped:
+                break
+            stepped = job.engine.applied
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
