@@ -1,4 +1,4 @@
-"""A micro-batch that was chosen by memory, tried on the device before training: one window of the longest rows, thrown away."""
+"""A micro-batch that was chosen by memory, tried on the device before training: windows of the longest rows, thrown away."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from collections.abc import Callable
 import numpy as np
 
 from finetune.backend.holdings import is_out_of_memory
-from finetune.backend.probe import device_limit_bytes, empty_cache, has_accelerator
+from finetune.backend.probe import device_limit_bytes, empty_cache, has_accelerator, words_of_all
 from finetune.errors import OutOfMemory
 from finetune.job import Plan, assemble
-from finetune.memory.auto import next_smaller
+from finetune.memory.auto import KEY, next_smaller
 from finetune.one_batch import accumulate
 from finetune.report.console import human_bytes
+
+WINDOWS = 20  # at most: one makes the optimizer's states, the next has them beside its activations; fp16's scaler skips some at first
+PATIENCE_SECONDS = 60.0  # for the other ranks to come to the trial's end
 
 
 def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
@@ -42,18 +45,29 @@ def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
 
 
 def _runs_out(plan: Plan) -> str:
-    """Whether one window of the longest rows runs out of memory on any rank, in words; nothing of it is kept."""
+    """Whether windows of the longest rows run out of memory on any rank, in words; nothing of it is kept."""
     job, reason = assemble(plan, lambda line: None), ""
     try:
         longest = np.argsort(plan.data.train.lengths, kind="stable")[-plan.batch.per_device_rows :]
         batch = job.collate(job.train_rows, tuple(longest.tolist()))
-        accumulate(job.engine, [batch] * min(2, plan.batch.accumulation_steps))
+        stepped = False
+        for _ in range(WINDOWS):
+            accumulate(job.engine, [batch] * min(2, plan.batch.accumulation_steps))
+            if stepped:
+                break
+            stepped = job.engine.applied
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         reason = f"{human_bytes(device_limit_bytes())} on this device" if has_accelerator() else "out of host memory"
     if job.engine.ranks > 1:
-        reason = next(filter(None, job.engine.gather_objects(reason)), "")
+        said = words_of_all(f"trial of {plan.batch.per_device_rows} rows", reason, PATIENCE_SECONDS)
+        if said is None:  # the others wait in a collective that this rank left: no way on but to end
+            raise OutOfMemory(
+                f"{plan.loaded.where(KEY)}: {plan.batch.per_device_rows} rows per micro-batch, chosen by auto, run out of memory on rank"
+                f" {job.engine.rank} alone ({reason or 'another rank'}). Set {KEY} to less than what is there."
+            )
+        reason = next(filter(None, said), "")
     job.engine.release()
     del job
     gc.collect()

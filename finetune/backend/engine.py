@@ -195,7 +195,8 @@ class Engine:
         resumed run would differ from an unbroken one in the last bits of its first window.
         """
         if self.strategy.engine == "ddp":
-            (self.module(self._to_device(batch)) * 0.0).backward()
+            for _ in range(2):  # the second leaves the gradients in the rebuilt buckets, or a resumed window would have them twice
+                (self.module(self._to_device(batch)) * 0.0).backward()
             self._clear_gradients()
 
     def gather_state(self, only_trained: bool = False) -> dict[str, Tensor]:

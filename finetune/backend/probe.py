@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import resource
@@ -100,6 +101,21 @@ def check_world(strategy: Strategy, accelerate_ranks: int) -> None:
             f"launch: {strategy.ranks} processes were started, accelerate sees {accelerate_ranks}, torch sees {torch_ranks}."
             f" {HOW_TO_START_RANKS}"
         )
+
+
+def words_of_all(key: str, word: str, patience_seconds: float) -> list[str] | None:
+    """The word of every rank under this key, used once; None where not all say one in time, because they wait in a collective.
+
+    No collective: a rank that left one half-way can still ask.
+    """
+    store = torch.distributed.distributed_c10d._get_default_store()
+    store.set(f"{key}/{torch.distributed.get_rank()}", word)
+    keys = [f"{key}/{rank}" for rank in range(torch.distributed.get_world_size())]
+    try:
+        store.wait(keys, datetime.timedelta(seconds=patience_seconds))
+    except RuntimeError:  # torch's DistStoreError
+        return None
+    return [store.get(key).decode() for key in keys]
 
 
 def stale_compile_locks(root: Path | None = None) -> list[Path]:
