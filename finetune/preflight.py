@@ -107,7 +107,7 @@ def batch_line(loaded: Loaded, batch: BatchPlan) -> str:
 
 def advice(loaded: Loaded, batch: BatchPlan, max_grad_norm: float) -> list[str]:
     """One line each for what runs as asked but is worth a second thought."""
-    if batch.accumulation_steps <= MANY_MICRO_BATCHES or max_grad_norm > 0:
+    if batch.open or batch.accumulation_steps <= MANY_MICRO_BATCHES or max_grad_norm > 0:
         return []
     key = "training.max_grad_norm"
     return [

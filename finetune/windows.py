@@ -56,7 +56,7 @@ class BatchPlan:
                 " (auto) are the largest that fit training.device_memory"
             )
         return (
-            f"{self.global_batch_rows} rows per optimizer step = {self.per_device_rows} rows per micro-batch"
+            f"{self.global_batch_rows} rows per optimizer step = {self.per_device_rows} row{'s' * (self.per_device_rows != 1)} per micro-batch"
             f" x K={self.accumulation_steps} micro-batches x {self.ranks} rank{'s' if self.ranks != 1 else ''}"
         )
 

@@ -49,7 +49,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits_and_the_run_stays_below(sm
     assert (batch["per_device_rows"], batch["accumulation_steps"], batch["open"]) == (rows, 24 // rows, False)
     limit = {"1MiB": 2**20, "2MiB": 2**21, "1GiB": 2**30}[budget]
     assert memory["measured"]["tracked_peak_bytes"] == memory["predicted"]["step_bytes"] <= limit
-    assert f"auto: {rows} rows of at most 64 tokens per micro-batch take" in done.stderr
+    assert f"auto: {rows} row{'s' * (rows > 1)} of at most 64 tokens per micro-batch take" in done.stderr
     assert (rows == 24) == ("would take" not in done.stderr)
 
 

@@ -41,7 +41,7 @@ def test_the_plan_is_one_line():
     assert derive_batch(64, 4, "auto", 2).line() == (
         "64 rows per optimizer step = 4 rows per micro-batch x K=8 micro-batches x 2 ranks"
     )
-    assert derive_batch(8, "auto", 8, 1).line().endswith("= 1 rows per micro-batch x K=8 micro-batches x 1 rank")
+    assert derive_batch(8, "auto", 8, 1).line().endswith("= 1 row per micro-batch x K=8 micro-batches x 1 rank")
 
 
 def test_what_does_not_divide_is_refused_with_the_arithmetic_and_the_nearest_fixes():

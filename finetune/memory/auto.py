@@ -82,7 +82,7 @@ def choose_micro_batch(settled: Settled, facts: ModelFacts, longest_tokens: int,
     if larger is not None and larger not in needs:
         fits(larger)
     more = f"; {larger} would take {human_bytes(needs[larger])}" if larger else ""
-    say(f"auto: {chosen} rows of at most {longest_tokens} tokens per micro-batch take {human_bytes(needs[chosen])} of"
+    say(f"auto: {chosen} row{'s' * (chosen > 1)} of at most {longest_tokens} tokens per micro-batch take {human_bytes(needs[chosen])} of"
         f" {human_bytes(budget)} ({source}){more}. {result.line()}")  # fmt: skip
     return result
 

@@ -19,6 +19,7 @@ from finetune import model
 from finetune.backend import kernels
 from finetune.backend.engine import clip_on_cpu
 from finetune.backend.storages import StorageTracker, pretending, without_padding
+from finetune.compatibility import FLASH
 from finetune.memory.weights import Weight, Weights
 from finetune.model import ModelFacts
 from finetune.objectives import SummedLoss
@@ -165,7 +166,9 @@ def repeated_layers(network: nn.Module) -> list[nn.Module]:
 def trace(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers, layers: int | None,
           period: int = 1) -> Series:  # fmt: skip
     """What is alive during one window of a model of `layers` layers (None: all of them), after a window that made the optimizer's states."""
-    network = model.outline(loaded, facts, layers)
+    # flash attention looks into its masks; sdpa's kernels keep as much for the backward
+    flash = loaded.recipe.model.attn_implementation in FLASH
+    network = model.outline(loaded, facts, layers, attention="sdpa" if flash else None)
     lora, packed = loaded.recipe.lora is not None, loaded.recipe.model.load_in_4bit
     if numbers.precision != "no" and (numbers.casts or packed):
         # with packed weights bitsandbytes computes with weights of this type, made from them each time
