@@ -226,9 +226,8 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
     patience = ranks_wait(plan.loaded.recipe.training.step_timeout_seconds)
     settings = (plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, say, patience)
     outlined = outlined_weights(plan) if plan.strategy.engine == "deepspeed" else None  # before an engine under which models are sharded
-    scale_check = check_scale(*settings)
+    scale_check = check_scale(*settings, first=lambda probe: _refuse_unequal(plan, probe))
     engine = backend_engine.start(*settings)
-    _refuse_unequal(plan, engine)
     if outlined is not None:
         engine.size_buffers(outlined)
     engine.meter.enabled = measure

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
-from launch_support import ROOT, launch_file, run, train
+from launch_support import ROOT, free_port, launch_file, run, train
 from tiny_models import small_recipe
 
 from finetune.windows import deal, largest_micro_batches
@@ -77,3 +78,12 @@ def test_a_device_that_disagrees_gets_the_next_smaller_micro_batch_and_the_same_
     memory, batch = memory_of(output)
     assert (batch["global_batch_rows"], batch["per_device_rows"], batch["accumulation_steps"]) == (256, 128, 2)
     assert memory["error"]["tracked"] == 0
+
+
+@pytest.mark.slow
+def test_ranks_that_would_choose_different_micro_batches_are_refused_before_weights_are_read(small, tmp_path):
+    done = run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+                ROOT / "tests/launched/unequal_devices.py", small, *AUTO, f"output_dir={tmp_path / 'run'}"], timeout=120)  # fmt: skip
+    assert done.returncode != 0
+    assert re.search(r"the ranks' devices differ: they would take \[1, [234]\] rows per micro-batch. Set training.device_memory", done.stderr)
+    assert "writing the model" not in done.stderr

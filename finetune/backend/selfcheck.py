@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,14 +90,18 @@ def tokens_of(rank: int, micro_batch: int, ranks: int, last: bool) -> int:
 
 
 def check_scale(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float, say,
-                patience_seconds: float = backend.PATIENCE_SECONDS) -> str:  # fmt: skip
+                patience_seconds: float = backend.PATIENCE_SECONDS,
+                first: Callable[[backend.Engine], None] = lambda engine: None) -> str:  # fmt: skip
     """Train the probe for three windows in an engine like the run's; returns one line for the plan. A collective.
+
+    `first` is called with the engine before, and may refuse what the ranks do not agree on.
 
     The windows have as many micro-batches as configured (at most MOST_MICRO_BATCHES), one, and one more than configured.
     Raises UserError naming the versions when a micro-batch has not exactly the weight that it must have.
     """
     limit = max_grad_norm and max(max_grad_norm, 1.0)  # the clipping code runs, and clips nothing
     engine = backend.start(strategy, accumulation_steps, per_device_rows, limit, say, patience_seconds)
+    first(engine)
     started = time.perf_counter()  # without what any first start costs: imports, the process group, DeepSpeed's compiles
     full = min(engine.accelerator.gradient_accumulation_steps, MOST_MICRO_BATCHES)
     try:

@@ -1,0 +1,15 @@
+"""The trainer on ranks whose devices differ: rank 0 has 1 MiB for its step, the others 2 MiB. Arguments: recipe overrides."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from finetune.memory import auto
+from finetune.run import run_rank
+
+auto.budget_bytes = lambda settled: (2**20 if os.environ["RANK"] == "0" else 2**21, "this device")
+run_rank(sys.argv[1:])
