@@ -118,7 +118,7 @@ def page(document: dict) -> str:
     if worst:
         lines.append(f"- DDP and ZeRO: {len(others)} cases, worst {worst['error']:+.1%} ({worst['case']}).")
     lines += [
-        f"- Resident memory of the whole process (what it is before weights are read, a constant for what comes later, and tensors): worst"
+        f"- Resident memory of the whole process (what it is before weights are read, tensors, and a constant for what is imported later, fitted\n  on an earlier run of these cases): worst"
         f" {process['process_error']:+.1%} ({process['case']}); these models are small beside the libraries.",
         "",
         "| case | set by | predicted MiB | measured MiB | error | process, predicted MiB | measured | error |",
