@@ -131,15 +131,20 @@ def largest_shapes(plan: Plan) -> list[Shape]:
         return [Shape(batch.per_device_rows, longest, batch.per_device_rows > 1)]
     left = plan.schedule.planned_steps * batch.global_batch_rows
     epochs = training.num_train_epochs if training.max_steps is None else math.inf
-    found, epoch = [], 0
+    longest, ragged = int(train.lengths.max()), batch.per_device_rows > 1 and int(train.lengths.min()) < int(train.lengths.max())
+    found: list[tuple[int, int, bool]] = []  # of the first micro-batches, of the later ones
+    epoch = 0
     while left > 0 and (rows := rows_of_epoch(len(train), epochs, epoch)):
         order = row_order(len(train), training.seed, epoch)[: min(rows, left)]
-        found.append(largest_micro_batches(train.lengths, order, batch.global_batch_rows, batch.per_device_rows, batch.ranks))
+        here = largest_micro_batches(train.lengths, order, batch.global_batch_rows, batch.per_device_rows, batch.ranks)
+        places = zip_longest(found, here)
+        found = [max(filter(None, place), key=lambda one: (one[0] * one[1], one[2])) for place in places]
+        if all(one == (batch.per_device_rows, longest, ragged) for one in found):
+            break  # no later epoch has a larger one
         # a window never spans two epochs: the last one of an epoch may be short, and still is a step
         left -= math.ceil(rows / batch.global_batch_rows) * batch.global_batch_rows
         epoch += 1
-    places = zip_longest(*found)  # the first ones of all epochs, the later ones
-    return [Shape(*max(filter(None, place), key=lambda one: (one[0] * one[1], one[2]))) for place in places]
+    return [Shape(*one) for one in found]
 
 
 def forecast(plan: Plan) -> tuple[Estimate, Shape] | str:
