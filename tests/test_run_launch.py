@@ -61,7 +61,7 @@ def test_torchrun_starts_two_ranks(recipe, env, tmp_path):
     found = document(output)
     assert (found["status"], found["exit_code"]) == ("done", 0)
     assert found["plan"]["strategy"]["engine"] == "ddp"
-    assert found["plan"]["batch"] == {"global_batch_rows": 8, "per_device_rows": 2, "accumulation_steps": 2, "ranks": 2}
+    assert found["plan"]["batch"] == {"global_batch_rows": 8, "per_device_rows": 2, "accumulation_steps": 2, "ranks": 2, "open": False}
     steps = [row for row in metrics(output) if "loss" in row]
     assert [row["rows"] for row in steps] == [8] * 5, "40 rows after 10 were held out"
     assert done.stderr.count("held-out loss at step 0") == 1, "rank 0 speaks for all"
