@@ -74,7 +74,7 @@ def curves(overrides, tmp_path_factory) -> dict[str, list[tuple[int, str, float]
             assert done.returncode == 0, done.stderr[-4000:]
         found[name] = losses(output)
         assert json.loads((output / "run.json").read_text())["status"] == "done"
-        assert (output / "deepspeed.json").exists() == name.startswith("zero")
+        assert (output / "deepspeed.json").exists() == (name.startswith("zero") or name == "two machines")
     return found
 
 
