@@ -25,8 +25,8 @@ def check(recipe_path: str, overrides: Sequence[str], launch_file: str | None, a
     """Check recipe, launch file, combination and batch (without torch), then model config, tokenizer and a data sample.
 
     Prints a summary, or with `as_json` one JSON document: `ok`, `problems` and, as far as they were reached, `recipe`,
-    `launch`, `batch`, `warnings`, `model`, `tokenizer`, `data`, and under DeepSpeed `deepspeed`, the settings that are cut to the model. Raises UserError with every problem of the first stage that
-    has one.
+    `launch`, `batch`, `warnings`, `model`, `tokenizer`, `data`, and under DeepSpeed `deepspeed`, the settings that are cut to the
+    model. Raises UserError with every problem of the first stage that has one.
     """
     found: dict[str, Any] = {"recipe": recipe_path}
     with stdout_is_stderr() if as_json else contextlib.nullcontext(sys.stdout) as output:
