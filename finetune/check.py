@@ -88,11 +88,10 @@ def _second_stage(settled: Settled) -> dict[str, Any]:
 
 def _deepspeed_settings(settled: Settled) -> dict[str, int]:
     from finetune import model
-    from finetune.memory.trace import weights_of
+    from finetune.memory.trace import outlined
     from finetune.memory.zero_settings import derive_settings
 
-    network = model.outline(settled.loaded, model.facts(settled.loaded))
-    return derive_settings(weights_of(network, settled.loaded), settled.strategy)
+    return derive_settings(outlined(settled.loaded, model.facts(settled.loaded))[2], settled.strategy)
 
 
 def _samples(loaded: Loaded, tokenizer) -> tuple[list[PreparedData], bool]:

@@ -20,7 +20,7 @@ from finetune.errors import UserError, reason
 from finetune.launch import Strategy
 from finetune.memory.auto import choose_micro_batch
 from finetune.memory.estimate import Estimate, estimate
-from finetune.memory.trace import Shape, weights_of
+from finetune.memory.trace import Shape, outlined
 from finetune.memory.weights import Weights
 from finetune.objectives import SummedLoss
 from finetune.optim import make_optimizer
@@ -230,11 +230,11 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
     most_steps = plan.batch.steps(plan.schedule.batch.largest_rows)
     patience = ranks_wait(plan.loaded.recipe.training.step_timeout_seconds)
     settings = (plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, say, patience)
-    outlined = outlined_weights(plan) if plan.strategy.engine == "deepspeed" else None  # before an engine under which models are sharded
+    weights = outlined_weights(plan) if plan.strategy.engine == "deepspeed" else None  # before an engine under which models are sharded
     scale_check = check_scale(*settings, first=lambda probe: _refuse_unequal(plan, probe))
     engine = backend_engine.start(*settings)
-    if outlined is not None:
-        engine.size_buffers(outlined)
+    if weights is not None:
+        engine.size_buffers(weights)
     engine.meter.enabled = measure
     with engine.meter.assembling():
         network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
@@ -250,7 +250,7 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
 def outlined_weights(plan: Plan) -> Weights | None:
     """The model's parameters before they are read; None where its own code cannot be built without them."""
     try:
-        return weights_of(model.outline(plan.loaded, plan.facts), plan.loaded)
+        return outlined(plan.loaded, plan.facts)[2]
     except Exception:  # noqa: BLE001 - loading it says what is wrong; the buffers are then sized when the engine is prepared
         return None
 

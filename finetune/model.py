@@ -55,15 +55,6 @@ def facts(loaded: Loaded) -> ModelFacts:
     )
 
 
-def count_parameters(loaded: Loaded) -> int:
-    """Parameters of the base model that the config describes, without reading weights; 0 where its class cannot be built that way."""
-    try:
-        network = outline(loaded, facts(loaded))
-    except Exception:  # noqa: BLE001 - a model's own code need not stand being built without weights; loading it says what is wrong
-        return 0
-    return sum(p.numel() for p in network.parameters() if loaded.recipe.lora is None or not p.requires_grad)
-
-
 def _config(loaded: Loaded):
     from transformers import AutoConfig
 

@@ -11,21 +11,19 @@ import gc
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from finetune import launch, recipe, redact, sizes
 from finetune.check import stdout_is_stderr
 from finetune.compatibility import FLASH
 from finetune.errors import UserError
 from finetune.launch import Strategy
-from finetune.preflight import Settled, settle
+from finetune.preflight import Settled, collect, settle
 from finetune.recipe import Loaded
 
 if TYPE_CHECKING:
     from finetune.memory.fit import Machine
-
-T = TypeVar("T")
 
 
 def plan(recipe_path: str, overrides: Sequence[str], launch_file: str | None, device_memory: str | None, host_memory: str | None,
@@ -50,10 +48,10 @@ def planned(recipe_path: str, overrides: Sequence[str], launch_file: str | None,
             ranks: int | None) -> dict:  # fmt: skip
     """The document of `finetune plan --json`. Raises UserError with every problem of what was asked for."""
     problems: list[str] = []
-    loaded = _collect(problems, lambda: recipe.load(recipe_path, overrides))
+    loaded = collect(problems, lambda: recipe.load(recipe_path, overrides))
     notes: list[str] = []
-    strategy = _collect(problems, lambda: _strategy(launch_file, ranks, notes))
-    given = {name: _collect(problems, lambda name=name, size=size: _bytes(name, size))
+    strategy = collect(problems, lambda: _strategy(launch_file, ranks, notes))
+    given = {name: collect(problems, lambda name=name, size=size: _bytes(name, size))
              for name, size in (("--device-memory", device_memory), ("--host-memory", host_memory))}  # fmt: skip
     if problems or loaded is None or strategy is None:
         raise UserError(problems)
@@ -140,11 +138,3 @@ def _traceable(loaded: Loaded, notes: list[str]) -> Loaded:
     notes.append(f"{model.attn_implementation} does not run here: traced with sdpa, which keeps as much")
     changed = loaded.recipe.model_copy(update={"model": model.model_copy(update={"attn_implementation": "sdpa"})})
     return dataclasses.replace(loaded, recipe=changed)
-
-
-def _collect(problems: list[str], read: Callable[[], T]) -> T | None:
-    try:
-        return read()
-    except UserError as error:
-        problems += error.messages
-        return None

@@ -32,8 +32,8 @@ class Settled:
 def first_stage(recipe_path: str, overrides: Sequence[str], launch_file: str | None) -> Settled:
     """Read recipe and launch file (None: one process) and settle them. Raises UserError with all problems of both."""
     problems: list[str] = []
-    loaded = _collect(problems, lambda: recipe.load(recipe_path, overrides))
-    strategy = _collect(problems, lambda: launch.read(launch_file) if launch_file else launch.one_process())
+    loaded = collect(problems, lambda: recipe.load(recipe_path, overrides))
+    strategy = collect(problems, lambda: launch.read(launch_file) if launch_file else launch.one_process())
     if loaded is None or strategy is None:
         raise UserError(problems)
     return settle(loaded, strategy)
@@ -42,7 +42,7 @@ def first_stage(recipe_path: str, overrides: Sequence[str], launch_file: str | N
 def settle(loaded: Loaded, strategy: Strategy) -> Settled:
     """Check the combination and derive the batch. Raises UserError with every problem."""
     problems = compatibility.refusals(loaded, strategy) + _trackers_not_installed(loaded)
-    planned = _collect(problems, lambda: plan_batch(loaded, strategy))
+    planned = collect(problems, lambda: plan_batch(loaded, strategy))
     if planned is not None:
         problems += _too_few_to_measure(loaded, planned[0])
     if problems or planned is None:
@@ -116,7 +116,8 @@ def advice(loaded: Loaded, batch: BatchPlan, max_grad_norm: float) -> list[str]:
     ]
 
 
-def _collect(problems: list[str], read: Callable[[], T]) -> T | None:
+def collect(problems: list[str], read: Callable[[], T]) -> T | None:
+    """What `read` returns; where it raises UserError its messages are added to `problems`, and None is returned."""
     try:
         return read()
     except UserError as error:

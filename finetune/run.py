@@ -97,10 +97,13 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
 
 def _check_room(plan, output_dir: Path, console) -> None:
     """Host memory and disk, before weights are read. Raises UserError where either cannot be enough."""
-    from finetune import limits, model
+    from finetune import limits
     from finetune.backend.probe import has_accelerator
+    from finetune.job import outlined_weights
 
-    loaded, parameters, dtype = plan.loaded, model.count_parameters(plan.loaded), plan.facts.export_dtype
+    loaded, dtype, weights = plan.loaded, plan.facts.export_dtype, outlined_weights(plan)
+    # of the base model; 0 where nobody can say
+    parameters = sum(w.elements for w in weights.all if loaded.recipe.lora is None or not w.trained) if weights else 0
     trained = 0 if loaded.recipe.lora else parameters
     need = limits.host_need(loaded, plan.strategy, parameters, dtype, use_cpu=not has_accelerator())
     limits.check_host(loaded, plan.strategy, need, console.say)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-import psutil
 import torch
 from torch import Tensor
 
-from finetune.backend.probe import has_accelerator
+from finetune.backend.probe import has_accelerator, host_bytes
 
 # torch's on the CPU are plain RuntimeErrors; CUDA's libraries have their own words
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed", "bad_alloc")
@@ -45,7 +44,7 @@ def holdings(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer | No
     states = held_by_optimizer(parameters, optimizer) if optimizer is not None else []
     found = {name: _bytes(tensors, device) for name, tensors in
              (("parameters", parameters), ("gradients", gradients), ("optimizer states", states))}  # fmt: skip
-    used = torch.accelerator.memory_allocated() if device else psutil.Process().memory_info().rss
+    used = torch.accelerator.memory_allocated() if device else host_bytes()
     return found | {"everything else": max(0, int(used) - sum(found.values()))}
 
 

@@ -17,8 +17,6 @@ from finetune.backend.holdings import held_by_optimizer, holdings
 from finetune.backend.probe import device_peak_bytes, has_accelerator, host_bytes, host_peak_bytes
 from finetune.backend.storages import StorageTracker
 
-POINTS = ("load", "prepare", "forward", "backward", "step")
-
 
 @dataclass
 class Meter:

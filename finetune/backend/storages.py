@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,7 +43,7 @@ class StorageTracker(TorchDispatchMode):
         return max(self.peaks.values(), default=0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0  # a fake tensor has no value; norms, losses and step counts are numbers that no size depends on
         returned = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(returned):
@@ -95,12 +95,6 @@ class StorageTracker(TorchDispatchMode):
         self.peaks[self._part] = max(self.peaks.get(self._part, 0), self.live_bytes)
         if self._record:
             self.series.setdefault(self._part, []).append(dict(self.by_kind))
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from finetune.errors import UserError, reason
 from finetune.launch import Strategy
 from finetune.limits import DTYPE_BYTES
 from finetune.memory import formulas, guess, zero, zero_settings
-from finetune.memory.trace import Numbers, Profile, Shape, continued, part_of, profile, weights_of
+from finetune.memory.trace import Numbers, Profile, Shape, continued, outlined, part_of, profile, weights_of
 from finetune.memory.weights import Resident, Weights
 from finetune.model import ModelFacts
 from finetune.recipe import Loaded
@@ -136,7 +136,7 @@ def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: 
         unpacked = recipe.model.model_copy(update={"load_in_4bit": False})
         plain = dataclasses.replace(loaded, recipe=recipe.model_copy(update={"model": unpacked}))
         seen = traced_once(plain, facts, shape, micro_batches, numbers)
-        return seen and Profile(seen.series, weights_of(model.outline(loaded, facts), loaded))
+        return seen and Profile(seen.series, outlined(loaded, facts)[2])
     key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), recipe.training.gradient_checkpointing, recipe.training.optim,
            bool(recipe.training.weight_decay), bool(recipe.training.max_grad_norm), facts, shape.tokens, shape.padded, micro_batches,
            numbers)  # fmt: skip
