@@ -1,5 +1,5 @@
 """`python -m finetune`, and `accelerate launch -m finetune ...`."""
 
-from finetune.cli import main
+from finetune.commands.cli import main
 
 main()

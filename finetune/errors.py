@@ -49,5 +49,9 @@ def reason(error: Exception) -> str:
     """Why a file could not be read: the first line of a library's error, without torch's advice to trust a pickle."""
     if isinstance(error, UnpicklingError):
         called = re.search(r"(?:GLOBAL|function:?) (\S+)", str(error))
-        return f"it is a pickle that asks for {called[1]}, and not plain tensors." if called else "it is no file of tensors."
+        return (
+            f"it is a pickle that asks for {called[1]}, and not plain tensors."
+            if called
+            else "it is no file of tensors."
+        )
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -7,4 +7,4 @@
 set -euo pipefail
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python}" "$REPOSITORY/scripts/gpu_suite.py" "$@"
+exec "${PYTHON:-python}" -m scripts.benchmarks.gpu_suite.run "$@"

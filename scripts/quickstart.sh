@@ -34,7 +34,7 @@ PYTHON
 }
 
 say "base model: $BASE/model"
-python scripts/make_tiny_model.py --output "$BASE" --launch "$LAUNCH"
+python -m scripts.quickstart.tiny_model --output "$BASE" --launch "$LAUNCH"
 
 say "answers before fine-tuning (the base model has only read text, and goes on as it likes)"
 ask "$BASE/model"

@@ -2,7 +2,7 @@
 # The test set in the project's own environment.
 #   ./scripts/test.sh                      everything
 #   ./scripts/test.sh --quick              without the tests marked slow: under 2 minutes
-#   ./scripts/test.sh [--quick] ARGS ...   ARGS go to pytest: tests/test_recipe_load.py, -k name, -x ...
+#   ./scripts/test.sh [--quick] ARGS ...   ARGS go to pytest: tests/recipe/test_load.py, -k name, -x ...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 

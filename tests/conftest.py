@@ -9,14 +9,14 @@ import pytest
 
 @pytest.fixture(scope="session")
 def saved_runs(tmp_path_factory):
-    """Runs with checkpoints, by kind: see saved_runs.py. Copy one before changing it."""
-    from saved_runs import SavedRuns
+    """Runs with checkpoints, by kind: see tests/support/saved_runs.py. Copy one before changing it."""
+    from tests.support.saved_runs import SavedRuns
 
     return SavedRuns(tmp_path_factory.mktemp("saved"))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Minutes per area (the word after test_ in the file's name), and what was skipped and why."""
+    """Minutes per area (the folder in tests/), and what was skipped and why."""
     seconds: dict[str, float] = defaultdict(float)
     tests: Counter[str] = Counter()
     skipped: Counter[tuple[str, str]] = Counter()
@@ -42,9 +42,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 def _area(node_id: str) -> str:
-    """"tests/test_recipe_load.py::test_x" -> "recipe"."""
-    name = node_id.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")
-    return name.removeprefix("test_").split("_")[0]
+    """ "tests/recipe/test_load.py::test_x" -> "recipe"."""
+    folders = node_id.split("::")[0].split("/")[1:-1]
+    return folders[0] if folders else "shape"
 
 
 def _reason(report) -> str:

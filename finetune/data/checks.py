@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from finetune.data.chat import ChatFormat, chat_format, missing_end, pair_format
-from finetune.data.encode import text_prefix
+from finetune.data.chat_template import ChatFormat, chat_format, missing_end, pair_format
 from finetune.data.sources import Source
+from finetune.data.tokenization import text_prefix
 from finetune.errors import UserError
-from finetune.recipe import Loaded
+from finetune.recipe.load import Loaded
 
 
 def chat_formats(loaded: Loaded, tokenizer, sources: Sequence[Source]) -> dict[str, ChatFormat]:
@@ -33,8 +33,8 @@ def chat_formats(loaded: Loaded, tokenizer, sources: Sequence[Source]) -> dict[s
         tag = missing_end(formats[kind])
         if tag:
             raise UserError(
-                f"{model}: its chat template ends every turn with {tag}, which its tokenizer does not have as one token:"
-                " the trained model could not stop. Use the tokenizer the template was written for."
+                f"{model}: its chat template ends every turn with {tag}, which its tokenizer does not have as one"
+                " token: the trained model could not stop. Use the tokenizer the template was written for."
             )
     if of_kind.keys() & {"chat", "pair"} and loss_on != "all" and not tokenizer.is_fast:
         raise UserError(
@@ -80,7 +80,8 @@ def count_problems(loaded: Loaded, summary: Mapping) -> list[str]:
         elif part["turns"] and not part["ends"]:
             problems.append(
                 f"{setting}: the end of the turn is trained in none of {part['turns']} assistant turns, so the model"
-                " would never learn to stop: the template writes no end-of-turn token, or data.max_length cuts every row."
+                " would never learn to stop: the template writes no end-of-turn token, or data.max_length cuts every"
+                " row."
             )
     return problems
 

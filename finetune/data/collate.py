@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from finetune.data.store import IGNORED, Row
+from finetune.data.token_cache import IGNORED, Row
 
 
 def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -168,8 +168,10 @@ def _csv(file: Path) -> Iterator[Record]:
                 header = _header(where, [field.strip() for field in fields])
                 continue
             if len(fields) != len(header):
-                raise UserError(f"{where}: the row has {len(fields)} fields, the header has {len(header)}. Quote fields"
-                                " that hold the delimiter, a line end or a quote.")  # fmt: skip
+                raise UserError(
+                    f"{where}: the row has {len(fields)} fields, the header has {len(header)}. Quote fields"
+                    " that hold the delimiter, a line end or a quote."
+                )
             yield where, dict(zip(header, fields))
     except csv.Error as error:
         raise UserError(f"{file}:{line}: not valid CSV: {error}.") from error

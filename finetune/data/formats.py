@@ -158,8 +158,10 @@ def _preference(where: str, shape: Shape, values: dict) -> list[dict]:
     before = next((name for name in ("messages", "conversations", "prompt") if values[name] is not None), None)
     if before is None:
         if len(chosen) < 2:
-            raise UserError(f"{where}: `{shape.columns['chosen']}` is an answer without a question; a preference row"
-                            " needs `prompt`, `messages` or `conversations` too.")  # fmt: skip
+            raise UserError(
+                f"{where}: `{shape.columns['chosen']}` is an answer without a question; a preference row"
+                " needs `prompt`, `messages` or `conversations` too."
+            )
         return chosen
     context = as_messages(where, shape.columns.get(before, before), _listened(values[before], "user"))
     # some sets repeat the prompt at the head of `chosen`

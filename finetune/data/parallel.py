@@ -57,8 +57,8 @@ def map_batches(function: Callable[[list], Sequence[T]], rows: Iterable[Any]) ->
             yield from waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a tokenising process was killed, perhaps for lack of host memory. Start again on a machine with more memory,"
-            " or with fewer cores (taskset -c 0-3 ...)."
+            "a tokenising process was killed, perhaps for lack of host memory. Start again on a machine with more"
+            " memory, or with fewer cores (taskset -c 0-3 ...)."
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from finetune.data.chat import ChatFormat
+from finetune.batching.windows import row_order
+from finetune.data.chat_template import ChatFormat
 from finetune.data.checks import chat_formats, count_problems, describe
-from finetune.data.encode import Dropped, Encoded, encode_chat, encode_text
 from finetune.data.formats import SourceRow
 from finetune.data.sources import Source, first_rows, open_sources
-from finetune.data.store import RowWriter, TokenRows, get_or_build, read_summary
+from finetune.data.token_cache import RowWriter, TokenRows, get_or_build, read_summary
+from finetune.data.tokenization import Dropped, Encoded, encode_chat, encode_text
 from finetune.errors import UserError
-from finetune.recipe import Loaded
-from finetune.windows import row_order
+from finetune.recipe.load import Loaded
 
 FORMAT_VERSION = 2  # part of every cache key: raise it when the same rows become other tokens
 _PROGRESS_AFTER_SECONDS = 3

@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune.data.files import Record, content_hash, expand, read_files
 from finetune.data.formats import COLUMNS, Shape, SourceRow, recognise, to_row
 from finetune.errors import UserError
-from finetune.recipe import Loaded, SourceSection
+from finetune.recipe.load import Loaded, SourceSection
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,16 @@ def open_sources(loaded: Loaded, part: str) -> list[Source]:
     for i, section in enumerate(sections):
         key = f"data.{part}[{i}]"
         if part == "eval" and section.weight != 1:
-            raise UserError(f"{loaded.where(f'{key}.weight')}: {key}.weight is {section.weight:g}, but evaluation takes"
-                            " every row once. Leave weight out.")  # fmt: skip
+            raise UserError(
+                f"{loaded.where(f'{key}.weight')}: {key}.weight is {section.weight:g}, but evaluation takes"
+                " every row once. Leave weight out."
+            )
         for ours in section.columns:
             if ours not in COLUMNS:
-                raise UserError(f"{loaded.where(f'{key}.columns')}: {key}.columns names '{ours}', which is none"
-                                f" of ours: {', '.join(COLUMNS)}. Write {{ours: theirs}}.")  # fmt: skip
+                raise UserError(
+                    f"{loaded.where(f'{key}.columns')}: {key}.columns names '{ours}', which is none"
+                    f" of ours: {', '.join(COLUMNS)}. Write {{ours: theirs}}."
+                )
         streaming = loaded.recipe.data.streaming and part == "train"
         sources.append(open_source(section, f"{loaded.where(f'{key}.path')}: data.{part}", streaming))
     return sources

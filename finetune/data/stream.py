@@ -14,17 +14,17 @@ from itertools import islice
 
 import numpy as np
 
-from finetune.data.chat import ChatFormat
+from finetune.batching.windows import row_order
+from finetune.data.chat_template import ChatFormat
 from finetune.data.checks import chat_formats
-from finetune.data.encode import Dropped, Encoded, chat_batch, document_batch, join_blocks, text_prefix
 from finetune.data.formats import SourceRow
 from finetune.data.parallel import BATCH_ROWS
 from finetune.data.prepare import PreparedData, prepare
 from finetune.data.sources import Source, open_sources
-from finetune.data.store import IGNORED, Row, get_or_build
+from finetune.data.token_cache import IGNORED, Row, get_or_build
+from finetune.data.tokenization import Dropped, Encoded, chat_batch, document_batch, join_blocks, text_prefix
 from finetune.errors import UserError
-from finetune.recipe import Loaded
-from finetune.windows import row_order
+from finetune.recipe.load import Loaded
 
 BLOCK_ROWS = 4096  # rows that are shuffled together; they are in memory together too
 _CHECKED_ROWS = 256
@@ -87,11 +87,15 @@ def _check_settings(loaded: Loaded) -> None:
     if loaded.recipe.training.max_steps is None:
         problems.append(f"{where}: data.streaming is true, so the end is not known: set training.max_steps.")
     if data.eval_fraction is not None:
-        problems.append(f"{loaded.where('data.eval_fraction')}: data.eval_fraction needs all rows before training, but"
-                        " data.streaming is true. Name evaluation rows in data.eval instead.")  # fmt: skip
+        problems.append(
+            f"{loaded.where('data.eval_fraction')}: data.eval_fraction needs all rows before training, but"
+            " data.streaming is true. Name evaluation rows in data.eval instead."
+        )
     if data.max_rows is not None:
-        problems.append(f"{loaded.where('data.max_rows')}: data.max_rows does not go with data.streaming: true."
-                        " training.max_steps says how many rows are taken.")  # fmt: skip
+        problems.append(
+            f"{loaded.where('data.max_rows')}: data.max_rows does not go with data.streaming: true."
+            " training.max_steps says how many rows are taken."
+        )
     if problems:
         raise UserError(problems)
 

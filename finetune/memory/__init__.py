@@ -1,1 +1,1 @@
-"""How much memory a run takes: formulas (torch-free), traces of the real model, and what to change so that it fits."""
+"""How many bytes a run takes, what fits, and what to change."""

@@ -1,8 +1,9 @@
-"""What a recipe takes under a launch, before a weight is read: one rank's bytes by place, by part of the run and by item.
+"""What a recipe takes under a launch, before a weight is read: one rank's bytes by place, by part of the run and by
+item.
 
-Activations, losses and one process's whole step are traced (trace.py); what engines shard, offload and buffer is arithmetic (formulas.py,
-zero.py). Where a model cannot be traced, formulas with a wide range stand in, and `traced` says so.
-"""
+Activations, losses and one process's whole step are traced (trace.py); what engines shard, offload and buffer is
+arithmetic (formulas.py, zero.py). Where a model cannot be traced, formulas with a wide range stand in, and `traced`
+says so."""
 
 from __future__ import annotations
 
@@ -12,21 +13,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from finetune import model
+from finetune.engine.deepspeed import buffers
 from finetune.errors import UserError, reason
-from finetune.launch import Strategy
-from finetune.limits import DTYPE_BYTES
-from finetune.memory import formulas, guess, zero, zero_settings
+from finetune.launch.strategy import Strategy
+from finetune.memory import activations, formulas
 from finetune.memory.trace import Numbers, Profile, Shape, continued, outlined, part_of, profile, weights_of
-from finetune.memory.weights import Resident, Weights
-from finetune.model import ModelFacts
-from finetune.recipe import Loaded
+from finetune.memory.zero import resident as zero
+from finetune.model import load as model
+from finetune.model.load import ModelFacts
+from finetune.model.parameters import Resident, Weights
+from finetune.process.host_memory import DTYPE_BYTES
+from finetune.recipe.load import Loaded
 
 Items = Mapping[str, float]
 PARTS = ("load", "forward", "loss", "layer", "optimizer step", "save")
 DYNAMIC = ("activations", "logits and loss")  # what no engine shards
-# Beside what tensors take. No GPU has measured the device's yet: NVIDIA's context and library workspaces take a few hundred MiB, the
-# caching allocator keeps blocks it cannot reuse. The host's is what a trainer's imports alone take on Linux (docs/benchmarks/memory.md).
+# Beside what tensors take. No GPU has measured the device's yet: NVIDIA's context and library workspaces take a few
+# hundred MiB, the caching allocator keeps blocks it cannot reuse. The host's is what a trainer's imports alone take on
+# Linux (docs/benchmarks/memory.md).
 DEVICE_CONTEXT_BYTES = 0.6 * 2**30
 FRAGMENTED_SHARE = 0.05
 HOST_LIBRARIES_BYTES = 0.5 * 2**30
@@ -45,9 +49,8 @@ class Range:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One rank's bytes. `parts[place][part][item]` is what is there at the peak of a part of the run; `device` and `host` are the peaks over
-    all parts, of tensors alone. On a CPU-only run everything is in `host`.
-    """
+    """One rank's bytes. `parts[place][part][item]` is what is there at the peak of a part of the run; `device` and
+    `host` are the peaks over all parts, of tensors alone. On a CPU-only run everything is in `host`."""
 
     parts: Mapping[str, Mapping[str, Items]]
     device: Range
@@ -77,7 +80,9 @@ class Estimate:
     @property
     def step_bytes(self) -> float:
         """The most that tensors take where the step runs, outside loading and saving."""
-        return max(sum(items.values()) for part, items in self.parts[self.place].items() if part not in ("load", "save"))
+        return max(
+            sum(items.values()) for part, items in self.parts[self.place].items() if part not in ("load", "save")
+        )
 
     @property
     def device_needed(self) -> Range:
@@ -95,12 +100,16 @@ class Estimate:
         return Range(low, expected + HOST_LIBRARIES_BYTES, high + 2 * HOST_LIBRARIES_BYTES)
 
 
-def estimate(loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape, accumulation_steps: int, on_cpu: bool) -> Estimate:
+def estimate(
+    loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape, accumulation_steps: int, on_cpu: bool
+) -> Estimate:
     """The bytes of one rank that trains micro-batches of this shape, so many per optimizer step.
 
     Raises UserError where the recipe asks for what this model does not have.
     """
-    numbers = Numbers(strategy.mixed_precision, strategy.engine == "deepspeed", on_cpu, adapters_stay=strategy.zero_stage == 3)
+    numbers = Numbers(
+        strategy.mixed_precision, strategy.engine == "deepspeed", on_cpu, adapters_stay=strategy.zero_stage == 3
+    )
     # of engines that hold the gradients, only activations and losses are traced, and K changes nothing there
     seen = traced_once(loaded, facts, shape, min(accumulation_steps, 2) if strategy.engine == "single" else 1, numbers)
     traced = seen is not None
@@ -108,28 +117,42 @@ def estimate(loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape
     seen = dataclasses.replace(seen, weights=_packed(seen.weights))
     resident = _resident(loaded, strategy, seen.weights, on_cpu, accumulation_steps)
     window = _alone(seen, resident, loaded) if strategy.engine == "single" and traced else _sharded(seen, resident)
-    between = _resident(loaded, strategy, seen.weights, on_cpu, 1)  # at both ends no window has gradients of earlier micro-batches
+    # at both ends no window has gradients of earlier micro-batches
+    between = _resident(loaded, strategy, seen.weights, on_cpu, 1)
     total = strategy.engine == "deepspeed"
-    parts = {place: {**_edge(between, place, "load", total), **window[place], **_edge(between, place, "save", total)}
-             for place in ("device", "host")}  # fmt: skip
+    parts = {
+        place: {**_edge(between, place, "load", total), **window[place], **_edge(between, place, "save", total)}
+        for place in ("device", "host")
+    }
     if on_cpu:
-        parts = {"device": {}, "host": {part: _sum(parts["device"].get(part, {}), parts["host"].get(part, {})) for part in parts["device"]}}
+        parts = {
+            "device": {},
+            "host": {
+                part: _sum(parts["device"].get(part, {}), parts["host"].get(part, {})) for part in parts["device"]
+            },
+        }
     spread = TRACED_SPREAD if not on_cpu else (1.0, 1.0) if strategy.engine == "single" and traced else ENGINE_SPREAD
-    ranges = {place: _range(parts[place], spread, spread if traced else (guess.LOW, guess.HIGH)) for place in parts}
+    ranges = {
+        place: _range(parts[place], spread, spread if traced else (activations.LOW, activations.HIGH))
+        for place in parts
+    }
     kept = loaded.recipe.checkpoint.save_total_limit
     disk = formulas.checkpoints_bytes(seen.weights, loaded.recipe.training.optim, kept, DTYPE_BYTES[facts.export_dtype])
-    return Estimate(parts, ranges["device"], ranges["host"], sum(resident.nvme.values()), disk, traced, seen.weights, on_cpu)
+    return Estimate(
+        parts, ranges["device"], ranges["host"], sum(resident.nvme.values()), disk, traced, seen.weights, on_cpu
+    )
 
 
 traces: dict[tuple, dict[int, Profile] | None] = {}  # by rows; None where the model cannot be traced
 
 
-def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers) -> Profile | None:
+def traced_once(
+    loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers
+) -> Profile | None:
     """`profile`, which is a function of these alone; None where the model's own code does not run on fake tensors.
 
-    Two numbers of padded rows are traced; others are continued from them, event by event, because every tensor's size is a constant and
-    a multiple of the rows (tests/test_memory_plan.py compares with traces).
-    """
+    Two numbers of padded rows are traced; others are continued from them, event by event, because every tensor's size
+    is a constant and a multiple of the rows (tests/commands/test_plan.py compares with traces)."""
     recipe = loaded.recipe
     if recipe.model.load_in_4bit and (numbers.precision, facts.export_dtype) == ("bf16", "bfloat16"):
         # what bitsandbytes makes of packed weights, each time, is what LoRA computes with: the same trace
@@ -137,9 +160,19 @@ def traced_once(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: 
         plain = dataclasses.replace(loaded, recipe=recipe.model_copy(update={"model": unpacked}))
         seen = traced_once(plain, facts, shape, micro_batches, numbers)
         return seen and Profile(seen.series, outlined(loaded, facts)[2])
-    key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), recipe.training.gradient_checkpointing, recipe.training.optim,
-           bool(recipe.training.weight_decay), bool(recipe.training.max_grad_norm), facts, shape.tokens, shape.padded, micro_batches,
-           numbers)  # fmt: skip
+    key = (
+        recipe.model,
+        recipe.lora and recipe.lora.model_dump_json(),
+        recipe.training.gradient_checkpointing,
+        recipe.training.optim,
+        bool(recipe.training.weight_decay),
+        bool(recipe.training.max_grad_norm),
+        facts,
+        shape.tokens,
+        shape.padded,
+        micro_batches,
+        numbers,
+    )
     known = traces.setdefault(key, {})
     if known is None:
         return None
@@ -170,7 +203,9 @@ def _quietly_profiled(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_bat
 
 
 def _guessed(loaded: Loaded, facts: ModelFacts, shape: Shape, numbers: Numbers) -> Profile:
-    """What formulas say of activations and losses, as a trace would. Raises UserError where not even the outline can be built."""
+    """What formulas say of activations and losses, as a trace would. Raises UserError where not even the outline can be
+    built.
+    """
     key = "model.name_or_path"
     try:
         network = model.outline(loaded, facts)
@@ -180,45 +215,64 @@ def _guessed(loaded: Loaded, facts: ModelFacts, shape: Shape, numbers: Numbers) 
         raise
     except Exception as error:  # noqa: BLE001 - the model's own code, which may raise anything
         raise UserError(
-            f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}, whose memory cannot be estimated: {facts.architecture}"
-            f" cannot be built from its config without weights ({reason(error)}). Give a model of a class that transformers has."
+            f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}, whose memory cannot be estimated:"
+            f" {facts.architecture} cannot be built from its config without weights ({reason(error)}). Give a model of"
+            " a class that transformers has."
         ) from error
     mixed, lora = numbers.precision != "no", loaded.recipe.lora is not None
     autocast = mixed and not numbers.casts
     checkpointing = loaded.recipe.training.gradient_checkpointing
     compute = 2 if mixed else DTYPE_BYTES[facts.export_dtype] if lora else 4
-    found = guess.guess_activations(decoder, shape.rows, shape.tokens, compute, checkpointing, autocast, lora)
-    casts = {"loss": guess.cast_bytes(weights), "layer": 0 if checkpointing else guess.cast_bytes(weights)} if autocast else {}
-    expected = {part: {item: round(size.expected + casts.get(part, 0) * (item == "activations")) for item, size in items.items()}
-                for part, items in found.items()}  # fmt: skip
+    found = activations.guess_activations(decoder, shape.rows, shape.tokens, compute, checkpointing, autocast, lora)
+    casts = (
+        {"loss": activations.cast_bytes(weights), "layer": 0 if checkpointing else activations.cast_bytes(weights)}
+        if autocast
+        else {}
+    )
+    expected = {
+        part: {
+            item: round(size.expected + casts.get(part, 0) * (item == "activations")) for item, size in items.items()
+        }
+        for part, items in found.items()
+    }
     loss, layer = expected["loss"], expected["layer"]
     forward = {"activations": loss["activations"]}
     return Profile({"forward": [forward], "loss": [loss], "backward": [layer], "optimizer step": [{}]}, weights)
 
 
-def _decoder_shape(config, facts: ModelFacts) -> guess.DecoderShape:
+def _decoder_shape(config, facts: ModelFacts) -> activations.DecoderShape:
     """A text config's numbers; of a mixture of experts, as many of them as a token passes through."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     width = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden
     experts = getattr(config, "num_experts_per_tok", None) or 1
-    return guess.DecoderShape(
-        hidden=hidden, intermediate=width * experts, layers=config.num_hidden_layers, heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=getattr(config, "head_dim", None) or hidden // heads,
+    return activations.DecoderShape(
+        hidden=hidden,
+        intermediate=width * experts,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
         vocabulary=facts.vocabulary,
-    )  # fmt: skip
+    )
 
 
 def _packed(weights: Weights) -> Weights:
     """What is traced in 16 bits because bitsandbytes cannot be, with the bytes that it takes in NF4."""
-    return dataclasses.replace(weights, all=tuple(
-        dataclasses.replace(w, bytes_each=formulas.nf4_bytes(w.elements) / w.elements) if w.quantised else w
-        for w in weights.all))  # fmt: skip
+    return dataclasses.replace(
+        weights,
+        all=tuple(
+            dataclasses.replace(w, bytes_each=formulas.nf4_bytes(w.elements) / w.elements) if w.quantised else w
+            for w in weights.all
+        ),
+    )
 
 
 def _resident(loaded: Loaded, strategy: Strategy, weights: Weights, on_cpu: bool, micro_batches: int) -> Resident:
     optim = loaded.recipe.training.optim
     if strategy.engine == "deepspeed":
-        return zero.resident(weights, strategy, optim, zero_settings.derive_settings(weights, strategy), on_cpu, micro_batches > 1)
+        return zero.resident(
+            weights, strategy, optim, buffers.derive_settings(weights, strategy), on_cpu, micro_batches > 1
+        )
     return formulas.resident_plain(weights, strategy.ranks, optim, on_cpu, micro_batches > 1)
 
 
@@ -251,9 +305,8 @@ def _sharded(seen: Profile, resident: Resident) -> dict[str, dict[str, Items]]:
 
 
 def _edge(resident: Resident, place: str, part: str, total: bool) -> dict[str, Items]:
-    """`load` or `save` at a place; nothing where the formulas say nothing of it. `total`: they say all that is there (zero.py), else
-    what comes on top.
-    """
+    """`load` or `save` at a place; nothing where the formulas say nothing of it. `total`: they say all that is there
+    (zero.py), else what comes on top."""
     items = getattr(resident, part)
     return {part: _sum({} if total else getattr(resident, place), items.get(place, {}))} if items else {}
 
@@ -267,6 +320,9 @@ def _range(parts: Mapping[str, Items], spread: tuple[float, float], dynamic: tup
 
     def peak(place: int | None) -> float:
         factors = (1.0, 1.0) if place is None else (spread[place], dynamic[place])
-        return max((sum(size * factors[item in DYNAMIC] for item, size in items.items()) for items in parts.values()), default=0.0)
+        return max(
+            (sum(size * factors[item in DYNAMIC] for item, size in items.items()) for items in parts.values()),
+            default=0.0,
+        )
 
     return Range(peak(0), peak(None), peak(1))

@@ -1,4 +1,5 @@
-"""Memory of one process and DDP, of quantised weights, optimizers and checkpoints, as arithmetic. Torch-free; ZeRO: zero.py.
+"""Memory of one process and DDP, of quantised weights, optimizers and checkpoints, as arithmetic. Torch-free; ZeRO:
+zero.py.
 
 What allocators round up (CUDA's to 512 bytes) and keep is not in here.
 """
@@ -8,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import ceil
 
-from finetune.limits import MOMENTS_BYTES
-from finetune.memory.weights import Resident, Weights
+from finetune.model.parameters import Resident, Weights
+from finetune.process.host_memory import MOMENTS_BYTES
 
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 NF4_BYTES_EACH = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_NESTED_BLOCK)  # 0.51587, of a large weight
@@ -20,11 +21,11 @@ DDP_BROADCAST_BYTES = 250 * 2**20
 
 
 def nf4_bytes(elements: int) -> int:
-    """A weight in NF4 with double quantisation: packed halves of bytes, an 8-bit scale per 64 of them, a float32 scale per 256 scales.
+    """A weight in NF4 with double quantisation: packed halves of bytes, an 8-bit scale per 64 of them, a float32 scale
+    per 256 scales.
 
-    Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3: 0.5 + 8/64/8 + 32/(64 x 256)/8 bytes per element. The rounding and the
-    tables: bitsandbytes 0.50, functional.py, quantize_4bit and quantize_blockwise.
-    """
+    Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3: 0.5 + 8/64/8 + 32/(64 x 256)/8 bytes per element. The
+    rounding and the tables: bitsandbytes 0.50, functional.py, quantize_4bit and quantize_blockwise."""
     scales = ceil(elements / NF4_BLOCK)
     return ceil(elements / 2) + scales + 4 * ceil(scales / NF4_NESTED_BLOCK) + NF4_TABLES_BYTES
 
@@ -32,10 +33,10 @@ def nf4_bytes(elements: int) -> int:
 def optimizer_bytes(sizes: Iterable[int], optim: str) -> int:
     """States of an optimizer after its first step, for trained tensors of these elements.
 
-    AdamW: two float32 moments, and a float32 step count per tensor (torch 2.13, optim/adamw.py). 8 bits: two bytes per element and two
-    float32 scales per 256, but tensors below 4096 elements stay float32; the tables once (bitsandbytes 0.50, optim/optimizer.py,
-    Optimizer2State.init_state). Paged ones are as large; CUDA may move them to the host. Plain SGD has none.
-    """
+    AdamW: two float32 moments, and a float32 step count per tensor (torch 2.13, optim/adamw.py). 8 bits: two bytes per
+    element and two float32 scales per 256, but tensors below 4096 elements stay float32; the tables once (bitsandbytes
+    0.50, optim/optimizer.py, Optimizer2State.init_state). Paged ones are as large; CUDA may move them to the host.
+    Plain SGD has none."""
     sizes = list(sizes)
     if optim == "sgd":
         return 0
@@ -48,7 +49,9 @@ def optimizer_bytes(sizes: Iterable[int], optim: str) -> int:
 
 
 def saved_optimizer_bytes(sizes: Iterable[int], optim: str) -> int:
-    """The same on disk, and while it is saved: there every tensor has its own copy of the 8-bit tables (backend/state.py, _split)."""
+    """The same on disk, and while it is saved: there every tensor has its own copy of the 8-bit tables
+    (engine/state.py, _split).
+    """
     sizes = list(sizes)
     tables = 0
     if "8bit" in optim:
@@ -57,8 +60,8 @@ def saved_optimizer_bytes(sizes: Iterable[int], optim: str) -> int:
 
 
 def checkpoints_bytes(weights: Weights, optim: str, save_total_limit: int, export_bytes_each: float) -> float:
-    """Disk of a run in one process or under DDP at its fullest: every checkpoint that is kept, the next one before an older goes
-    (snapshots.py), and the exported model: the adapters as they are, or the whole model in its export type.
+    """Disk of a run in one process or under DDP at its fullest: every checkpoint that is kept, the next one before an
+    older goes (snapshots.py), and the exported model: the adapters as they are, or the whole model in its export type.
     """
     trained = [weight for weight in weights.all if weight.trained]
     one = sum(w.elements * w.bytes_each for w in trained) + saved_optimizer_bytes((w.elements for w in trained), optim)
@@ -72,19 +75,21 @@ def checkpoints_bytes(weights: Weights, optim: str, save_total_limit: int, expor
 def resident_plain(weights: Weights, ranks: int, optim: str, on_cpu: bool, accumulates: bool = False) -> Resident:
     """One process (`ranks` 1) or one rank of DDP, whose memory does not depend on how many there are.
 
-    Mixed precision changes nothing here: weights, gradients and moments stay float32, and what autocast makes of the weights is part of
-    the activations. `accumulates`: windows have more than one micro-batch, and the second one's forward meets gradients.
-    DDP with gradient_as_bucket_view keeps gradients in its buckets, all the time (torch 2.13, reducer.cpp); the engine clears them in
-    place, so that windows of several micro-batches add up there, too.
-    """
+    Mixed precision changes nothing here: weights, gradients and moments stay float32, and what autocast makes of the
+    weights is part of the activations. `accumulates`: windows have more than one micro-batch, and the second one's
+    forward meets gradients. DDP with gradient_as_bucket_view keeps gradients in its buckets, all the time (torch 2.13,
+    reducer.cpp); the engine clears them in place, so that windows of several micro-batches add up there, too."""
     trained = [weight for weight in weights.all if weight.trained]
     sizes = [weight.elements for weight in trained]
     gradients = sum(w.elements * w.bytes_each for w in trained)
     largest = max((w.elements * w.bytes_each for w in trained), default=0)
     ddp = ranks > 1
     standing = gradients * (ddp or accumulates)
-    device = {"parameters": weights.bytes + weights.buffers_bytes, "gradients": standing,
-              "optimizer states": optimizer_bytes(sizes, optim)}  # fmt: skip
+    device = {
+        "parameters": weights.bytes + weights.buffers_bytes,
+        "gradients": standing,
+        "optimizer states": optimizer_bytes(sizes, optim),
+    }
     coming = {} if standing else {"gradients": gradients}
     step = coming | ({"buffers": _adamw_buffers(sizes)} if on_cpu and optim == "adamw" else {})
     backward = coming | ({"buffers": largest} if ddp else {})  # a gradient on its way into the bucket
@@ -98,16 +103,16 @@ def resident_plain(weights: Weights, ranks: int, optim: str, on_cpu: bool, accum
 
 
 def _adamw_buffers(sizes: list[int]) -> int:
-    """torch's AdamW tensor by tensor, as it runs on a CPU: the root of the second moment and its quotient, beside the quotient of the
-    tensor before (torch 2.13, optim/adam.py, _single_tensor_adam). The fused one of a GPU needs none.
+    """torch's AdamW tensor by tensor, as it runs on a CPU: the root of the second moment and its quotient, beside the
+    quotient of the tensor before (torch 2.13, optim/adam.py, _single_tensor_adam). The fused one of a GPU needs none.
     """
     return max((4 * (2 * n + before) for n, before in zip(sizes, [0, *sizes])), default=0)
 
 
 def _load(weights: Weights, ddp: bool, on_cpu: bool) -> dict[str, dict[str, float]]:
-    """What reading the checkpoint takes for a moment (model.py, load_model): it is read on the host and then moved, but for 4-bit
-    weights, which are quantised on the device, one 16-bit weight at a time; DDP sends rank 0's weights round in pieces.
-    """
+    """What reading the checkpoint takes for a moment (model.py, load_model): it is read on the host and then moved, but
+    for 4-bit weights, which are quantised on the device, one 16-bit weight at a time; DDP sends rank 0's weights round
+    in pieces."""
     read = sum(w.elements * w.bytes_each for w in weights.all if not w.quantised)
     buffers = max((2.0 * w.elements for w in weights.all if w.quantised), default=0.0)
     if ddp:
@@ -117,13 +122,16 @@ def _load(weights: Weights, ddp: bool, on_cpu: bool) -> dict[str, dict[str, floa
 
 
 def _save(weights: Weights, optim: str, on_cpu: bool) -> dict[str, dict[str, float]]:
-    """What saving takes on rank 0 on top, between two windows, one after the other: a checkpoint copies the optimizer's tensors from a GPU
-    to the host, and on the host only the 8-bit tables that tensors share (backend/state.py, _split); the export gathers its tensors on
-    the host (engine.gather_state).
-    """
+    """What saving takes on rank 0 on top, between two windows, one after the other: a checkpoint copies the optimizer's
+    tensors from a GPU to the host, and on the host only the 8-bit tables that tensors share (engine/state.py, _split);
+    the export gathers its tensors on the host (engine.gather_state)."""
     trained = [weight for weight in weights.all if weight.trained]
     sizes = [weight.elements for weight in trained]
     states = saved_optimizer_bytes(sizes, optim)
     copied = states - optimizer_bytes(sizes, optim) if on_cpu else states
-    export = weights.bytes if weights.trained_elements == weights.elements else sum(w.elements * w.bytes_each for w in trained)
+    export = (
+        weights.bytes
+        if weights.trained_elements == weights.elements
+        else sum(w.elements * w.bytes_each for w in trained)
+    )
     return {"host": {"parameters": export} if export > copied else {"optimizer states": copied}}

@@ -1,8 +1,8 @@
 """The bytes of a training step, traced through the real model, adapters and loss on tensors that take no memory.
 
-A step is what the engine does in one process (finetune/backend/engine.py): forward under autocast, scaled loss, backward, clipping,
-optimizer. Where layers repeat, two short models are traced and every moment is continued linearly: exact, because a layer more adds the
-same storages each time (tests/test_memory_trace.py compares with whole models).
+A step is what the engine does in one process (finetune/engine/engine.py): forward under autocast, scaled loss,
+backward, clipping, optimizer. Where layers repeat, two short models are traced and every moment is continued linearly:
+exact, because a layer more adds the same storages each time (tests/memory/test_trace.py compares with whole models).
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from finetune import model
-from finetune.backend import kernels
-from finetune.backend.engine import clip_on_cpu
-from finetune.backend.storages import StorageTracker, pretending, without_padding
-from finetune.compatibility import FLASH
-from finetune.memory.weights import Weight, Weights
-from finetune.model import ModelFacts
-from finetune.objectives import SummedLoss
-from finetune.optim import optimizer_settings, parameter_groups
-from finetune.recipe import Loaded
+from finetune.engine import kernels
+from finetune.engine.engine import clip_on_cpu
+from finetune.engine.optim import optimizer_settings, parameter_groups
+from finetune.engine.storages import StorageTracker, pretending, without_padding
+from finetune.launch.compatibility import FLASH
+from finetune.model import load as model
+from finetune.model.load import ModelFacts
+from finetune.model.parameters import Weight, Weights
+from finetune.objectives.sft import SummedLoss
+from finetune.recipe.load import Loaded
 
-BETWEEN = "layers between"  # of which the first or last has the peak: what is alive grows or shrinks by the same from layer to layer
+BETWEEN = (  # of which the first or last has the peak: what is alive grows or shrinks by the same from layer to layer
+    "layers between"
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,10 +43,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Numbers:
-    """How numbers are computed: `precision` of the launch file; `casts`: the engine holds all weights in it (DeepSpeed) instead of
-    casting them under autocast; `on_cpu`: which optimizer and clipping run; `adapters_stay`: `casts` does not touch adapters
-    (under ZeRO-3, which they meet after zero.Init).
-    """
+    """How numbers are computed: `precision` of the launch file; `casts`: the engine holds all weights in it (DeepSpeed)
+    instead of casting them under autocast; `on_cpu`: which optimizer and clipping run; `adapters_stay`: `casts` does
+    not touch adapters (under ZeRO-3, which they meet after zero.Init)."""
 
     precision: str = "no"
     casts: bool = False
@@ -72,15 +73,27 @@ class Profile:
         return _most(self.series[self.peak])
 
     def most(self, part: str, kinds: Container[str]) -> dict[str, int]:
-        """What is alive of these kinds when it is most, in the parts that belong to this part of the run (`part_of`)."""
-        chosen = [{kind: size for kind, size in alive.items() if kind in kinds}
-                  for name, series in self.series.items() if part_of(name) == part for alive in series]  # fmt: skip
+        """What is alive of these kinds when it is most, in the parts that belong to this part of the run
+        (`part_of`).
+        """
+        chosen = [
+            {kind: size for kind, size in alive.items() if kind in kinds}
+            for name, series in self.series.items()
+            if part_of(name) == part
+            for alive in series
+        ]
         return max(chosen, key=lambda alive: sum(alive.values()), default={})
 
 
 def part_of(traced_part: str) -> str:
     """The part of the run that a traced part belongs to: forward, loss, layer (the backward) or optimizer step."""
-    return "layer" if traced_part.startswith("backward") else "forward" if traced_part.startswith("forward") else traced_part
+    return (
+        "layer"
+        if traced_part.startswith("backward")
+        else "forward"
+        if traced_part.startswith("forward")
+        else traced_part
+    )
 
 
 def _most(alive: list[dict[str, int]]) -> int:
@@ -90,12 +103,14 @@ def _most(alive: list[dict[str, int]]) -> int:
 def profile(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers) -> Profile:
     """The peaks of a window of `micro_batches` micro-batches of this shape, for the whole model.
 
-    Raises whatever a model's own code raises where it cannot run on fake tensors (routing that depends on values, for instance).
-    """
+    Raises whatever a model's own code raises where it cannot run on fake tensors (routing that depends on values, for
+    instance)."""
     depth, period, weights = outlined(loaded, facts)
     short = 2 * period + depth % period
     if short + period < depth and any(weight.layer is not None for weight in weights.all):
-        traced = [trace(loaded, facts, shape, micro_batches, numbers, layers, period) for layers in (short, short + period)]
+        traced = [
+            trace(loaded, facts, shape, micro_batches, numbers, layers, period) for layers in (short, short + period)
+        ]
         series = continued(*traced, (depth - short) // period)
     else:
         series = trace(loaded, facts, shape, micro_batches, numbers, None, period)
@@ -108,15 +123,18 @@ _outlined: dict[tuple, tuple[int, int, Weights]] = {}
 def outlined(loaded: Loaded, facts: ModelFacts) -> tuple[int, int, Weights]:
     """(layers, after how many they repeat, parameters) of the whole model, whose outline is built once.
 
-    Layers whose parameters are not those of the layer one period before (adapters on some of them only, some with experts) repeat nothing.
-    """
+    Layers whose parameters are not those of the layer one period before (adapters on some of them only, some with
+    experts) repeat nothing."""
     recipe = loaded.recipe
     key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), facts)
     if key not in _outlined:
         network = model.outline(loaded, facts)
         config = network.config.get_text_config()
         period = model.repeats(config)
-        kinds = [[(name, p.shape, p.requires_grad) for name, p in layer.named_parameters()] for layer in repeated_layers(network)]
+        kinds = [
+            [(name, p.shape, p.requires_grad) for name, p in layer.named_parameters()]
+            for layer in repeated_layers(network)
+        ]
         if kinds[period:] != kinds[:-period]:
             period = config.num_hidden_layers
         _outlined[key] = (config.num_hidden_layers, period, weights_of(network, loaded))
@@ -126,30 +144,36 @@ def outlined(loaded: Loaded, facts: ModelFacts) -> tuple[int, int, Weights]:
 def continued(first: Series, second: Series, times: Fraction | int) -> Series:
     """The series of a model that has `times` periods of layers more than `first`, where `second` has one more.
 
-    Each event of a part of a step is followed by itself. Parts whose events depend on the number of layers (the optimizer goes through
-    all parameters) are followed by their peaks.
-    """
+    Each event of a part of a step is followed by itself. Parts whose events depend on the number of layers (the
+    optimizer goes through all parameters) are followed by their peaks."""
     series = {}
     for part, alive in first.items():
         more = second[part]
         if len(alive) != len(more):
             alive, more = ([max(events, key=lambda kinds: sum(kinds.values()))] for events in (alive, more))
         series[part] = [
-            {kind: round(a.get(kind, 0) + times * (b.get(kind, 0) - a.get(kind, 0))) for kind in {*a, *b}} for a, b in zip(alive, more, strict=True)
+            {kind: round(a.get(kind, 0) + times * (b.get(kind, 0) - a.get(kind, 0))) for kind in {*a, *b}}
+            for a, b in zip(alive, more, strict=True)
         ]
     return series
 
 
 def weights_of(network: nn.Module, loaded: Loaded) -> Weights:
-    """The parameters of an outline as the memory arithmetic sees them; with 4-bit weights, those that will be quantised are marked."""
+    """The parameters of an outline as the memory arithmetic sees them; with 4-bit weights, those that will be quantised
+    are marked.
+    """
     layers = repeated_layers(network)
     number = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
     packed = set()
     if loaded.recipe.model.load_in_4bit:
         head = network.get_output_embeddings()
-        # integrations/bitsandbytes.py of transformers 5.23: linear layers, and GPT-2's, which hold their weight the other way round
-        packed = {id(m.weight) for m in network.modules() if (type(m) is nn.Linear or type(m).__name__ == "Conv1D")
-                  and m is not head and not m.weight.requires_grad}  # fmt: skip
+        # integrations/bitsandbytes.py of transformers 5.23: linear layers, and GPT-2's, which hold their weight the
+        # other way round
+        packed = {
+            id(m.weight)
+            for m in network.modules()
+            if (type(m) is nn.Linear or type(m).__name__ == "Conv1D") and m is not head and not m.weight.requires_grad
+        }
     found = tuple(
         Weight(name, p.numel(), p.requires_grad, float(p.element_size()), number.get(id(p)), id(p) in packed)
         for name, p in network.named_parameters()
@@ -163,9 +187,18 @@ def repeated_layers(network: nn.Module) -> list[nn.Module]:
     return next((list(m) for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), [])
 
 
-def trace(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers, layers: int | None,
-          period: int = 1) -> Series:  # fmt: skip
-    """What is alive during one window of a model of `layers` layers (None: all of them), after a window that made the optimizer's states."""
+def trace(
+    loaded: Loaded,
+    facts: ModelFacts,
+    shape: Shape,
+    micro_batches: int,
+    numbers: Numbers,
+    layers: int | None,
+    period: int = 1,
+) -> Series:
+    """What is alive during one window of a model of `layers` layers (None: all of them), after a window that made the
+    optimizer's states.
+    """
     # flash attention looks into its masks; sdpa's kernels keep as much for the backward
     flash = loaded.recipe.model.attn_implementation in FLASH
     network = model.outline(loaded, facts, layers, attention="sdpa" if flash else None)
@@ -176,26 +209,35 @@ def trace(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, n
             if not (parameter.requires_grad and lora and (packed or numbers.adapters_stay)):
                 parameter.data = parameter.data.to(DTYPES[numbers.precision])
     tracker = StorageTracker(record=True)
-    with pretending(), (contextlib.nullcontext() if shape.padded else without_padding()):
+    with pretending(), contextlib.nullcontext() if shape.padded else without_padding():
         network.to_empty(device="cpu")
         network.tie_weights()
         module = SummedLoss(network)
         optimizer = _optimizer(network, loaded, numbers)
-        batch = {name: torch.ones(shape.rows, shape.tokens, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+        batch = {
+            name: torch.ones(shape.rows, shape.tokens, dtype=torch.long)
+            for name in ("input_ids", "attention_mask", "labels")
+        }
         tracker.forget(batch.values())
         with tracker, _watched(network, tracker, period):
             tracker.hold([*network.parameters(), *network.buffers()], "parameters")
-            for parameter in network.parameters():  # a step without a backward before it: only to make the optimizer's states
+            # a step without a backward before it: only to make the optimizer's states
+            for parameter in network.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             _window(module, optimizer, batch, 0, numbers, tracker, loaded.recipe.training.max_grad_norm)
             for parameter in network.parameters():
-                tracker.hold([t for t in optimizer.state.get(parameter, {}).values() if isinstance(t, Tensor)], "optimizer states")
+                tracker.hold(
+                    [t for t in optimizer.state.get(parameter, {}).values() if isinstance(t, Tensor)],
+                    "optimizer states",
+                )
             tracker.series.clear()
             _window(module, optimizer, batch, micro_batches, numbers, tracker, loaded.recipe.training.max_grad_norm)
     return tracker.series
 
 
-def _window(module, optimizer, batch: dict[str, Tensor], micro_batches: int, numbers: Numbers, tracker: StorageTracker, limit) -> None:
+def _window(
+    module, optimizer, batch: dict[str, Tensor], micro_batches: int, numbers: Numbers, tracker: StorageTracker, limit
+) -> None:
     """What Engine.micro_step does with one process."""
     for _ in range(micro_batches):
         autocast = numbers.precision != "no" and not numbers.casts
@@ -211,7 +253,9 @@ def _window(module, optimizer, batch: dict[str, Tensor], micro_batches: int, num
 
 
 def _optimizer(network: nn.Module, loaded: Loaded, numbers: Numbers) -> torch.optim.Optimizer:
-    """The recipe's optimizer, where torch has it; 8-bit ones keep their states elsewhere (formulas), and step in place as SGD does."""
+    """The recipe's optimizer, where torch has it; 8-bit ones keep their states elsewhere (formulas), and step in place
+    as SGD does.
+    """
     settings = optimizer_settings(loaded.recipe)
     if settings.kind != "adamw":
         return torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=settings.learning_rate)
@@ -220,10 +264,14 @@ def _optimizer(network: nn.Module, loaded: Loaded, numbers: Numbers) -> torch.op
 
 @contextlib.contextmanager
 def _watched(network: nn.Module, tracker: StorageTracker, period: int) -> Iterator[None]:
-    """Tells the tracker which part of a step goes on: the head and the loss, and the backward of the first and last layers."""
+    """Tells the tracker which part of a step goes on: the head and the loss, and the backward of the first and last
+    layers.
+    """
     layers, head = repeated_layers(network), network.get_output_embeddings()
     names = {i: f"layer {i} from below" for i in range(min(period, len(layers)))}
-    names |= {i: f"layer {len(layers) - 1 - i} from above" for i in range(max(period, len(layers) - period), len(layers))}
+    names |= {
+        i: f"layer {len(layers) - 1 - i} from above" for i in range(max(period, len(layers) - period), len(layers))
+    }
     in_backward = False
 
     def begin(part: str, kind: str) -> None:
@@ -259,6 +307,7 @@ def _watched(network: nn.Module, tracker: StorageTracker, period: int) -> Iterat
             begin(f"forward, {names.get(index, BETWEEN)}", "activations")
             if hidden is not None and hidden.requires_grad:
                 hidden.register_hook(lambda gradient: begin(backward(index - 1), "activations"))
+
         return hook
 
     def new_gradient(parameter: Tensor) -> None:

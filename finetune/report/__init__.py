@@ -1,1 +1,1 @@
-"""What a run leaves for people and programs: metrics.jsonl, run.json, the console."""
+"""Plain documents to the terminal, files and HTML, secrets masked."""

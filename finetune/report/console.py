@@ -7,7 +7,7 @@ import sys
 
 from tqdm import tqdm
 
-from finetune import redact
+from finetune.report import redact
 
 
 def human_bytes(count: float) -> str:
@@ -30,7 +30,9 @@ def human_seconds(seconds: float) -> str:
 
 
 class Console:
-    """Lines, a progress bar in optimizer steps, and the summary. Silent where `enabled` is false (ranks other than 0)."""
+    """Lines, a progress bar in optimizer steps, and the summary. Silent where `enabled` is false (ranks other than
+    0).
+    """
 
     def __init__(self, enabled: bool):
         self.enabled = enabled
@@ -49,17 +51,29 @@ class Console:
         self.say("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()))
 
     def start_bar(self, steps: int, done: int = 0) -> None:
-        """Begin the progress bar of `steps` optimizer steps, `done` of them before. In a log file it refreshes every half minute at most."""
+        """Begin the progress bar of `steps` optimizer steps, `done` of them before. In a log file it refreshes every
+        half minute at most.
+        """
         interval = 0.1 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=steps, initial=done, unit="step", disable=not self.enabled, mininterval=interval, maxinterval=interval,
-                        dynamic_ncols=True, file=sys.stderr, desc="train")  # fmt: skip
+        self.bar = tqdm(
+            total=steps,
+            initial=done,
+            unit="step",
+            disable=not self.enabled,
+            mininterval=interval,
+            maxinterval=interval,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            desc="train",
+        )
 
     def advance(self, step: int, loss: float, learning_rate: float, tokens_per_second: float, peak_bytes: int) -> None:
         """Move the bar to `step` and show the figures people watch."""
         if self.bar is None:
             return
         self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s, peak {human_bytes(peak_bytes)}",
+            f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s, peak"
+            f" {human_bytes(peak_bytes)}",
             refresh=False,
         )
         with contextlib.suppress(OSError):

@@ -1,0 +1,167 @@
+"""Learning rate and progress as pure functions: nothing is stepped, so nothing can get out of step. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from finetune.recipe.load import AccumulationSection, TrainingSection
+
+COSINE_FLOOR = 0.1  # cosine_with_min_lr ends at this share of the peak
+
+
+@dataclass(frozen=True)
+class LrScaling:
+    """How the learning rate follows the global batch: `none`, `sqrt` or `linear` in batch rows / reference rows."""
+
+    rule: str = "none"
+    reference_rows: int | None = None
+
+    def factor(self, batch_rows: int) -> float:
+        """What the recipe's learning rate is multiplied with at a global batch of `batch_rows` rows."""
+        if self.rule == "none":
+            return 1.0
+        ratio = batch_rows / self.reference_rows
+        return math.sqrt(ratio) if self.rule == "sqrt" else ratio
+
+    def line(self, base: float, batch_rows: int) -> str:
+        """The arithmetic for people: `learning rate 2e-4 x sqrt(64/16) = 4e-4`."""
+        if self.rule == "none":
+            return f"learning rate {rate_text(base)}"
+        ratio = f"{batch_rows}/{self.reference_rows}"
+        factor = f"sqrt({ratio})" if self.rule == "sqrt" else ratio
+        return f"learning rate {rate_text(base)} x {factor} = {rate_text(base * self.factor(batch_rows))}"
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """Rows per optimizer step over the run: `(until, rows)` stages, each until that share of the run, the last until
+    1.
+    """
+
+    stages: tuple[tuple[float, int], ...]
+    least_doublings: int = 0  # of the adaptive batch: between these it follows the gradient noise scale
+    most_doublings: int = 0
+    measure_every: int = 1  # windows between two measurements of the noise
+
+    def rows(self, progress: float, doublings: int = 0) -> int:
+        """Scheduled rows of the step before which `progress` of the run is done, at so many doublings of an adaptive
+        batch.
+        """
+        rows = next((rows for until, rows in self.stages if progress < until), self.stages[-1][1])
+        return max(1, round(rows * 2.0**doublings))
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the batch follows the gradient noise scale."""
+        return self.least_doublings < self.most_doublings
+
+    @property
+    def largest_rows(self) -> int:
+        """Rows of the largest step that can come."""
+        return max(self.rows(until - 1e-9, self.most_doublings) for until, _ in self.stages)
+
+    @property
+    def varies(self) -> bool:
+        return len({rows for _, rows in self.stages}) > 1
+
+
+def batch_schedule(accumulation: AccumulationSection, global_batch_rows: int, epochs: float | None) -> BatchSchedule:
+    """The recipe's schedule in rows; `epochs` is None where steps end the run.
+
+    A function of the global batch and not of ranks or micro-batches, so that a run is the same on any number of ranks.
+    """
+    if accumulation.schedule == "adaptive":
+        # sizes are the global batch times a power of two, so that few of them come and each is met again
+        least, most = math.ceil(math.log2(accumulation.smallest)), math.floor(math.log2(accumulation.largest))
+        return BatchSchedule(((1.0, global_batch_rows),), least, most, accumulation.measure_every)
+    stages = accumulation.warmup if accumulation.schedule == "warmup" else [[1.0, 1.0]]
+    if accumulation.schedule == "warmup" and accumulation.by_epoch:
+        taken = accumulation.warmup[: math.ceil(epochs)]
+        stages = [(n / epochs, steps / max(accumulation.warmup)) for n, steps in enumerate(taken, start=1)]
+        stages[-1] = (1.0, stages[-1][1])
+    return BatchSchedule(tuple((until, max(1, round(share * global_batch_rows))) for until, share in stages))
+
+
+def lr_scaling(training: TrainingSection) -> LrScaling:
+    """The recipe's coupling of learning rate and batch."""
+    return LrScaling(training.lr_scaling, training.reference_batch_size)
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate to four digits, small ones as `4e-4`."""
+    if rate == 0 or 0.01 <= rate < 1000:
+        return f"{rate:.4g}"
+    mantissa, _, exponent = f"{rate:.3e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the run ends and what the learning rate is on the way.
+
+    Exactly one of `max_steps` (optimizer steps) and `total_rows` (applied rows) ends the run; `planned_steps` is the
+    number of steps either way when no window is skipped. `peak` is the learning rate before scaling. `warmup_share` is
+    set where the warm-up goes by progress and not by `warmup_steps`: steps are no measure when the batch varies."""
+
+    shape: str
+    peak: float
+    warmup_steps: int
+    planned_steps: int
+    max_steps: int | None
+    total_rows: int | None
+    batch: BatchSchedule
+    scaling: LrScaling = LrScaling()
+    warmup_share: float | None = None
+
+    def batch_rows(self, step: int, applied_rows: int, doublings: int = 0) -> int:
+        """Scheduled rows of the next window; an epoch's last one may hold fewer."""
+        return self.batch.rows(self.progress(step, applied_rows), doublings)
+
+    def progress(self, step: int, applied_rows: int) -> float:
+        """Share of the run done before this step, in [0, 1]."""
+        done = step / self.max_steps if self.max_steps is not None else applied_rows / self.total_rows
+        return min(done, 1.0)
+
+    def finished(self, step: int, applied_rows: int) -> bool:
+        """Whether the run has done all it was asked to do."""
+        return step >= self.max_steps if self.max_steps is not None else applied_rows >= self.total_rows
+
+    def learning_rate(self, step: int, applied_rows: int, doublings: int = 0) -> float:
+        """Learning rate of optimizer step number `step` (0 for the first), before which `applied_rows` rows were
+        applied.
+
+        `doublings` says how large an adaptive batch is at this step.
+        """
+        progress = self.progress(step, applied_rows)
+        # the scheduled size: a short window keeps the learning rate of its neighbours
+        rows = self.batch.rows(progress, doublings)
+        if self.warmup_share is not None:
+            warm_share = self.warmup_share
+            behind = self.progress(step + 1, applied_rows + rows)
+            warm = min(1.0, behind / warm_share) if warm_share else 1.0
+        else:
+            warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+            warm_share = min(1.0, self.warmup_steps / self.planned_steps) if self.planned_steps else 0.0
+        after = (progress - warm_share) / (1 - warm_share) if warm_share < 1 else 0.0
+        return self.peak * self.scaling.factor(rows) * warm * decay(self.shape, max(after, 0.0))
+
+
+def decay(shape: str, progress: float) -> float:
+    """Factor on the peak learning rate after `progress` (0 to 1) of the decay. Raises ValueError for an unknown
+    shape.
+    """
+    if shape == "constant":
+        return 1.0
+    if shape == "linear":
+        return 1.0 - progress
+    if shape == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if shape == "cosine_with_min_lr":
+        return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    raise ValueError(f"unknown learning rate shape {shape!r}")
+
+
+def warmup_steps_of(ratio: float | None, steps: int | None, planned_steps: int) -> int:
+    """warmup_steps as given, else ceil(ratio x planned steps)."""
+    return steps if steps is not None else math.ceil((ratio or 0.0) * planned_steps)

@@ -1,0 +1,1 @@
+"""What a run is saved as: published whole, verified, identified, pruned."""

@@ -1,0 +1,222 @@
+"""Checkpoints of a run: position and progress beside the engine's state, published whole, verified before they are
+used.
+
+The position says everything that the next window and its learning rate depend on; the order of rows and all randomness
+are functions of it and the seed. What must be the same at a resume are the facts in the manifest: `differences`
+compares them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.batching.noise_scale import NoiseState
+from finetune.batching.windows import Position
+from finetune.checkpoint import snapshots
+from finetune.checkpoint.snapshots import Snapshot
+from finetune.engine.deepspeed.universal import BYTES_FACTOR
+from finetune.engine.engine import Engine
+from finetune.engine.state import convert_state, load_converted, load_state, save_state
+from finetune.errors import UserError
+from finetune.report import redact
+from finetune.report.output_folder import STATE
+
+# at most: DeepSpeed's weights in 16 bits, float32 copy and two moments; some more for the rest
+BYTES_PER_TRAINED_PARAMETER = 16
+PATIENCE_SECONDS = 60
+# Keys that change neither the rows of a window nor what is done with them.
+FREE_KEYS = (
+    "output_dir",
+    "include",
+    "logging.",
+    "checkpoint.",
+    "evaluation.",
+    "training.per_device_train_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.gradient_checkpointing",
+    "training.device_memory",
+    "training.stop_on_loss_spike",
+    "training.step_timeout_seconds",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known of a run between two windows. `evaluations` are (step, loss) pairs, `seconds` over all its
+    processes.
+    """
+
+    position: Position = Position()
+    total_tokens: int = 0
+    train_loss: float | None = None
+    evaluations: tuple[tuple[int, float], ...] = ()
+    seconds: float = 0.0
+    recent_losses: tuple[float, ...] = ()  # of applied windows, for spikes.py
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest evaluation loss."""
+        return min(self.evaluations, key=lambda pair: pair[1])[0] if self.evaluations else None
+
+
+def save(
+    engine: Engine, root: Path, progress: Progress, facts: dict, limit: int, keep_best: bool, bytes_needed: int
+) -> str:
+    """Save and publish a checkpoint, then prune; "" when it is there, else why not, on every rank. A collective."""
+    step = progress.position.step
+    problem = on_rank_0(engine, lambda: _begin(root, step, bytes_needed))
+    if problem:
+        return problem
+    folder = snapshots.folder_of(root, step, snapshots.PARTIAL)
+    digests: dict[str, snapshots.Digest] = {}
+    try:
+        names = save_state(engine, folder)
+        if engine.rank == 0:
+            snapshots.write_synced(folder / STATE, json.dumps(dataclasses.asdict(progress)).encode())
+            names = [STATE, *names]
+        digests = snapshots.digest(folder, names)
+    except OSError as error:
+        problem = f"rank {engine.rank} on {engine.host}: {error}"
+    said = engine.gather_objects((f"rank {engine.rank} on {engine.host}", problem, digests))
+    problem = next((text for _, text, _ in said if text), "")
+    if problem:
+        if engine.rank == 0:
+            snapshots.abandon(root, step)
+        return problem
+
+    def publish() -> None:
+        snapshots.seal(root, step, facts, {name: found for name, _, found in said})
+        with contextlib.suppress(OSError):  # the new one is there; the next save tries again
+            snapshots.prune(root, step, limit, progress.best_step if keep_best else None)
+
+    return on_rank_0(engine, publish)
+
+
+def _begin(root: Path, step: int, bytes_needed: int) -> None:
+    snapshots.begin(root, step)  # first: it removes what a killed save left
+    if shortage := snapshots.check_space(root, bytes_needed):
+        snapshots.abandon(root, step)
+        raise OSError(shortage)
+
+
+def on_rank_0(engine: Engine, act: Callable[[], object]) -> str:
+    """Do it on rank 0; what went wrong there, on every rank. A collective. Raises UserError where rank 0 does."""
+    problem: str | UserError = ""
+    if engine.rank == 0:
+        try:
+            act()
+        except OSError as error:
+            problem = str(error)
+        except UserError as error:  # the ranks do not see one disk: trying again changes nothing
+            problem = error
+    problem = engine.broadcast_object(problem)
+    if isinstance(problem, UserError):
+        raise problem
+    return problem
+
+
+def choose(engine: Engine, root: Path, say: Callable[[str], None]) -> Snapshot | None:
+    """The newest checkpoint that verifies, the same on every rank; damaged ones are named. A collective."""
+    found = snapshots.newest(root, say) if engine.rank == 0 and root.exists() else None
+    return engine.broadcast_object(found)
+
+
+def load(engine: Engine, snapshot: Snapshot) -> Progress:
+    """Bring the engine to the state of a verified checkpoint; where the run is then. A collective.
+
+    DeepSpeed's shards of another number of ranks are converted first. Raises UserError where a machine does not see the
+    folder, or the conversion finds no room."""
+    _all_see(engine, snapshot.folder, "Put output_dir on a shared disk, or copy the folder there.")
+    if engine.strategy.engine == "deepspeed" and snapshot.facts["ranks"] != engine.ranks:
+        _load_converted(engine, snapshot)
+    else:
+        load_state(engine, snapshot.folder)
+    return read_progress(snapshot.folder)
+
+
+def _load_converted(engine: Engine, snapshot: Snapshot) -> None:
+    root, then = snapshot.folder.parent, snapshot.facts["ranks"]
+    folder = snapshots.folder_of(root, snapshot.step, snapshots.PARTIAL)
+
+    def make() -> None:
+        needed_bytes = BYTES_FACTOR * sum(file.bytes for file in snapshot.files.values())
+        scratch = snapshots.scratch(root, snapshot.step)
+        if shortage := snapshots.check_space(root, needed_bytes, "the conversion"):
+            raise OSError(shortage)
+        convert_state(snapshot.folder, scratch)
+
+    try:
+        if problem := on_rank_0(engine, make):
+            raise UserError(
+                f"{snapshot.folder} was written on {then} ranks and could not be converted for {engine.ranks}:"
+                f" {problem}. If the disk is full, make room; else go on with {then} ranks."
+            )
+        _all_see(engine, folder, f"Put output_dir on a shared disk, or go on with {then} ranks.", PATIENCE_SECONDS)
+        load_converted(engine, folder)
+        engine.wait()  # nobody reads any more
+    finally:
+        if engine.rank == 0:
+            snapshots.abandon(root, snapshot.step)
+
+
+def _all_see(engine: Engine, folder: Path, advice: str, patience_seconds: float = 0) -> None:
+    """Raises UserError on every rank where one of them does not see the folder. A collective."""
+    deadline = time.monotonic() + patience_seconds
+    while not folder.exists() and time.monotonic() < deadline:  # names on network disks come late
+        time.sleep(0.5)
+    seen = engine.gather_objects((engine.host, folder.exists()))
+    if blind := sorted({host for host, there in seen if not there}):
+        raise UserError(f"{folder} is not on a disk that {', '.join(blind)} can see. {advice}")
+
+
+def read_progress(folder: Path) -> Progress:
+    """The progress in a checkpoint folder."""
+    document = json.loads((folder / STATE).read_text())
+    position = document.pop("position")
+    noise = NoiseState(**position.pop("noise"))
+    evaluations = tuple((step, loss) for step, loss in document.pop("evaluations"))
+    recent = tuple(document.pop("recent_losses"))
+    return Progress(Position(**position, noise=noise), evaluations=evaluations, recent_losses=recent, **document)
+
+
+def differences(then: dict, now: dict, allowed: Sequence[str] = ()) -> list[str]:
+    """What of a checkpoint's facts is different now, one `name: then -> now` each; keys in `allowed` may differ."""
+    old, new = flat(then), flat(now)
+    found = [name for name in sorted(old.keys() | new.keys()) if not _same(old.get(name), new.get(name))]
+    kept = [name for name in found if name.removeprefix("recipe.") not in allowed]
+    return [
+        f"{name.removeprefix('recipe.')}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}" for name in kept
+    ]
+
+
+def _same(then: object, now: object) -> bool:
+    """Whether two values agree. What was taken for a secret in one shell need not be known as one in another: its place
+    may hold any text.
+    """
+    if then == now or not (isinstance(then, str) and isinstance(now, str)):
+        return then == now
+    patterns = [
+        (re.escape(masked).replace(re.escape(redact.MASK), ".+"), text)
+        for masked, text in ((then, now), (now, then))
+        if redact.MASK in masked
+    ]
+    return any(re.fullmatch(pattern, text, re.DOTALL) for pattern, text in patterns)
+
+
+def comparable(recipe: dict) -> dict:
+    """The keys of a resolved recipe that a resume must find unchanged, dotted."""
+    return {key: value for key, value in flat(recipe).items() if not key.startswith(FREE_KEYS)}
+
+
+def flat(value: dict, prefix: str = "") -> dict:
+    """The leaves of nested mappings by their dotted names."""
+    leaves: dict = {}
+    for key, item in value.items():
+        leaves |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return leaves

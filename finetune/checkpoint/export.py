@@ -1,0 +1,93 @@
+"""`finetune checkpoints RUN --export STEP OUT`: a checkpoint as the folder that the run's end would have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from finetune.checkpoint.checkpoint import comparable, differences
+from finetune.checkpoint.manifest import Snapshot
+from finetune.checkpoint.survey import pick
+from finetune.engine.devices import prepare_libraries
+from finetune.engine.state import read_trained
+from finetune.errors import UserError
+from finetune.launch import strategy as launch
+from finetune.model import load as model
+from finetune.model.save import write_model
+from finetune.recipe import load as recipe
+from finetune.recipe.load import Loaded
+from finetune.report import redact
+from finetune.training.resume import base_fingerprint, tokenizer_fingerprint
+
+OF_THE_MODEL = ("model.", "lora.")
+
+
+def export_checkpoint(run: str, step: str, output: Path, trust_remote_code: bool = False) -> str:
+    """Write the checkpoint of `step` (or the `newest`) of a run as a Hugging Face folder or adapter; returns one line
+    about it.
+
+    One process, on the CPU, no process group: 8 bytes of host memory per parameter of a fully trained model; of an
+    adapter's base no weight is read. Every hash is compared first; Python code of a model runs only with
+    `trust_remote_code`. Raises UserError (damaged, no such step, output exists, another base) and BrokenExport."""
+    if output.exists():
+        raise UserError(f"{output}: exists already. Give a folder that does not, or delete it.")
+    found = pick(Path(run), step)
+    loaded = recipe.load_resolved(Path(run) / "recipe.yaml")
+    if loaded.recipe.model.trust_remote_code and not trust_remote_code:  # the folder says so; the user must
+        raise UserError(
+            f"{Path(run) / 'recipe.yaml'}: model.trust_remote_code is true: {loaded.recipe.model.name_or_path} brings"
+            " Python code of its own. Read that code, and if you trust its author give --trust-remote-code."
+        )
+    same = found.facts["same"]
+    prepare_libraries(use_cpu=True)
+    facts = model.facts(loaded)
+    tokenizer = model.load_tokenizer(loaded)
+    _refuse_another_model(found, loaded, tokenizer)
+    saved = read_trained(found.folder, sharded=same["engine"] == "DeepSpeed")
+    where = torch.device("cpu" if loaded.recipe.lora is None else "meta")
+    network = model.load_model(loaded, launch.one_process(same["mixed precision"], use_cpu=True), facts, where)
+    state = _whole_state(found, network, saved)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_model(state, network, tokenizer, output, facts.export_dtype)
+    adapter = f"an adapter of {loaded.recipe.model.name_or_path}"
+    what = f"{facts.architecture}, {facts.export_dtype}" if loaded.recipe.lora is None else adapter
+    return f"{output}: step {found.step} of {run} as {what}."
+
+
+def _refuse_another_model(found: Snapshot, loaded: Loaded, tokenizer) -> None:
+    """The recipe, base and tokenizer of now must be those that the checkpoint was written with."""
+    section, same = loaded.recipe.model, found.facts["same"]
+    now = redact.tree(comparable(loaded.recipe.model_dump(mode="json", exclude_none=True)))
+    then, now = ({k: v for k, v in keys.items() if k.startswith(OF_THE_MODEL)} for keys in (same["recipe"], now))
+    different = differences(
+        {"recipe": then, "base model": same["base model"], "tokenizer": same["tokenizer"]},
+        {
+            "recipe": now,
+            "base model": base_fingerprint(section.name_or_path, section.revision),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        },
+    )
+    if different:
+        raise UserError(
+            f"{found.folder}: was written with another model: {'; '.join(different)}. Put back what was there."
+        )
+
+
+def _whole_state(found: Snapshot, network: nn.Module, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What was trained, as saved, and of a full model the buffers that belong to a file."""
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if missing := sorted(trained.keys() - saved.keys()):
+        raise UserError(
+            f"{found.folder}: lacks {len(missing)} trained weights of {type(network).__name__}:"
+            f" {', '.join(missing[:3])}."
+        )
+    embedding = next((n for n, p in trained.items() if p is network.get_input_embeddings().weight), None)
+    if embedding is not None and len(saved[embedding]) > len(trained[embedding]):
+        model.grow_embedding(network, len(saved[embedding]))  # the run let it grow for its data's tokens
+    state = {name: saved[name] for name in trained}
+    if not hasattr(network, "peft_config"):
+        persistent = network.state_dict().keys()
+        state |= {name: buffer for name, buffer in network.named_buffers() if name in persistent}
+    return state

@@ -1,0 +1,1 @@
+"""One file per `finetune` command: arguments, first stage, output."""

@@ -1,0 +1,207 @@
+"""The command line: wiring only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from finetune.process.exit_status import guarded, is_launched
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Fine-tune causal language models with exact gradient accumulation.",
+    pretty_exceptions_enable=False,
+)
+Recipe = Annotated[str, typer.Argument(help="recipe.yaml")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value, for example training.max_steps=20")]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    launch: Annotated[Optional[str], typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
+) -> None:
+    """Check the recipe, launch the trainer and end with its status."""
+    from finetune.errors import UserError
+
+    if is_launched():
+        if launch is not None:
+            sys.exit(
+                guarded(lambda: _raise(UserError("--launch: this process is already one rank of a launch. Drop it.")))
+            )
+        from finetune.training.run import run_rank
+
+        run_rank([recipe, *(overrides or [])])
+    from finetune.launch.start import launch_train
+
+    sys.exit(guarded(lambda: launch_train(recipe, overrides or [], launch)))
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    launch: Annotated[Optional[str], typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
+    """Say whether a recipe is right: keys, launch file, batch, model, tokenizer, a sample of the data."""
+
+    def body() -> None:
+        from finetune.commands.check import check as check_recipe
+
+        check_recipe(recipe, overrides or [], launch, as_json)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    launch: Annotated[
+        Optional[str], typer.Option(help="an accelerate_configs/*.yaml; single_gpu or multi_gpu.yaml without it")
+    ] = None,
+    device_memory: Annotated[Optional[str], typer.Option(help="of each device, such as 40GiB")] = None,
+    host_memory: Annotated[Optional[str], typer.Option(help="of each machine, such as 512GiB")] = None,
+    ranks: Annotated[
+        Optional[int], typer.Option(help="devices over all machines, instead of the launch file's")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
+    """Say what a recipe takes in memory, whether it fits, and the cheapest change that makes it fit; needs no GPU and
+    no weights.
+    """
+
+    def body() -> None:
+        from finetune.commands.plan import plan as plan_recipe
+
+        plan_recipe(recipe, overrides or [], launch, device_memory, host_memory, ranks, as_json)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
+def verify(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    launch: Annotated[Optional[str], typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
+    full: Annotated[bool, typer.Option("--full", help="the real model and row lengths, not shrunk ones")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
+    """Compare accumulated gradients with one big batch, on this machine, under this launch."""
+
+    def body() -> None:
+        from finetune.errors import UserError
+
+        if is_launched() and launch is not None:
+            raise UserError("--launch: this process is already one rank of a launch. Drop it.")
+        if launch is None:
+            from finetune.training.verification import verify as verify_recipe
+
+            verify_recipe(recipe, overrides or [], full, as_json)
+        else:
+            from finetune.launch.start import launch_verify
+
+            launch_verify(recipe, overrides or [], launch, full, as_json)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
+def data(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="sample rows to print")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
+    """Show rows as the model sees them, trained tokens in colour, and what would make training wrong."""
+
+    def body() -> None:
+        from finetune.commands.data import inspect
+
+        inspect(recipe, overrides or [], rows, as_json)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="a trained folder (output_dir/model), an adapter, or a hub id")],
+    prompt: Annotated[list[str], typer.Argument(help="what the user says; several prompts give several answers")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, tokens")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(help="for temperature > 0")] = 0,
+) -> None:
+    """Print the model's answer to a prompt."""
+
+    def body() -> None:
+        from finetune.commands.generate import answers
+
+        for asked, answer in zip(prompt, answers(model, prompt, max_new_tokens, temperature, seed)):
+            print(f"> {asked}\n{answer}\n" if len(prompt) > 1 else answer, flush=True)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="an adapter folder, for example runs/x/model")],
+    output: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+) -> None:
+    """Merge an adapter into its base model, and compare the logits before and after."""
+
+    def body() -> None:
+        from finetune.commands.export import merge_adapter
+
+        print(merge_adapter(model, output, dtype), flush=True)
+
+    sys.exit(guarded(body))
+
+
+@app.command()
+def checkpoints(
+    run: Annotated[str, typer.Argument(help="a run's output_dir")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read every byte and compare its hash, not only manifests and lengths")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    export: Annotated[
+        Optional[tuple[str, Path]],
+        typer.Option(
+            "--export",
+            metavar="STEP OUT",
+            help="write the checkpoint of this step, or the newest, as a Hugging Face folder",
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="with --export: run the model's own Python code")
+    ] = False,
+) -> None:
+    """List a run's checkpoints, say whether they are whole, or export one as a model."""
+
+    def body() -> None:
+        if export is None:
+            from finetune.checkpoint.survey import show
+
+            show(run, verify, as_json)
+            return
+        from finetune.checkpoint.export import export_checkpoint
+
+        print(export_checkpoint(run, *export, trust_remote_code), flush=True)
+
+    sys.exit(guarded(body))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def main() -> None:
+    """Console script."""
+    app()

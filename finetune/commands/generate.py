@@ -1,0 +1,61 @@
+"""`finetune generate`: ask a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from finetune.engine.devices import prepare_libraries
+from finetune.errors import UserError
+
+
+def answers(
+    model: str, prompts: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+) -> Iterator[str]:
+    """The answers of the model in folder (or hub id) `model`, one text per prompt, without special tokens.
+
+    With a chat template the prompt is what the user says; without one the model continues it. Temperature 0 is greedy;
+    above, the answer is a function of (seed, position of the prompt). Raises UserError when there is no such model.
+    """
+    prepare_libraries()
+    from transformers import GenerationConfig
+
+    from finetune.model import saved
+    from finetune.model.save import stop_token_ids
+
+    found = saved.find(model)
+    tokenizer = saved.load_tokenizer(found)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    network = saved.load(found, device)
+    stops = stop_token_ids(tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    # ours alone: the checkpoint's own would add its top_p, penalties and length limits
+    network.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0, **sampling
+    )
+    for number, prompt in enumerate(prompts):
+        torch.manual_seed(seed + number)
+        ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
+        output = network.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+        yield tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt, ready to be continued. Raises UserError when the chat template refuses it."""
+    if tokenizer.chat_template:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses the prompt: {error}") from error
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS already
+    ids = tokenizer(prompt)["input_ids"]
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text: nothing could follow
+        ids = ids[:-1]
+    if not ids:
+        raise UserError("the prompt is empty, and this model has no token to begin with. Give some text.")
+    return ids

@@ -1,0 +1,1 @@
+"""DeepSpeed: its configuration, buffers, parameters, checkpoints and compiled ops."""

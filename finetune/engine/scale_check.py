@@ -1,0 +1,233 @@
+"""The start-up check: does this engine, in the versions at hand, add up a window's micro-batches with the right weight?
+
+Released versions of DeepSpeed lose micro-batches or scale them wrongly without a word. So every training starts with a
+probe module in an engine of its own with the run's configuration. Its loss is linear and every micro-batch of every
+rank has a weight of its own that starts at zero, so after one step of SGD with learning rate 1 each weight shows the
+factor that its micro-batch got: a lost one, one that counts twice and a wrong scale all show, whatever the number of
+ranks and micro-batches."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+from finetune.engine import engine as backend
+from finetune.errors import UserError
+from finetune.launch.strategy import Strategy
+
+MOST_MICRO_BATCHES = 16  # a window of the probe is no longer: milliseconds each
+# a feature's size, exact in every precision: small, so that nothing clips and fp16's loss scale overflows nothing
+UNIT = 2.0**-10
+# Relative error of one weight. bf16 and fp16 round up to four times on the way (scaled loss, gradient, communication,
+# average), each by half a unit in the last place. float32: far above its roundings, far below any wrong factor.
+TOLERANCE = {"no": 1e-5, "bf16": 4 * 2.0**-8, "fp16": 4 * 2.0**-11}
+
+
+@dataclass(frozen=True)
+class KnownBad:
+    """What was measured of released DeepSpeed versions, first to last of a row; releases between them were not run."""
+
+    first: str
+    last: str
+    stages: tuple[int, ...]
+    offload: bool  # with the optimizer offloaded to the CPU
+    symptom: str
+    thread: str = ""  # upstream's own report or repair, where one was found
+
+
+_DEEPSPEED = "https://github.com/deepspeedai/DeepSpeed/"
+# scripts/benchmarks/deepspeed_versions.py measures it (docs/benchmarks/deepspeed-versions.md), and a test compares: 2
+# ranks, K=4, float32, relative difference of the weights from one big batch after four AdamW steps (right: 1e-7).
+KNOWN_BAD = (
+    KnownBad(
+        "0.17.6",
+        "0.18.2",
+        (2,),
+        False,
+        "weights 3.4e-2 off, gradient norm half the true one",
+        _DEEPSPEED + "issues/7718",
+    ),
+    KnownBad(
+        "0.16.9",
+        "0.18.5",
+        (2,),
+        True,
+        "weights 2.9e-2 off, gradient norm 0.7 of the true one",
+        _DEEPSPEED + "pull/7967",
+    ),
+    KnownBad("0.18.7", "0.18.9", (1, 2), False, "crashes in the optimizer step on CPU ranks", _DEEPSPEED + "pull/7948"),
+    KnownBad("0.18.7", "0.18.9", (1, 2), True, "crashes in the optimizer step on CPU ranks", _DEEPSPEED + "pull/7948"),
+)
+GOOD_DEEPSPEED = "0.19.0"  # and later: every stage and offload was exact
+
+
+def known_of(version: str, strategy: Strategy) -> str:
+    """What the table says of this DeepSpeed version under this strategy; "" when it says nothing."""
+    offload = strategy.offload_optimizer != "none"
+    rows = [
+        row
+        for row in KNOWN_BAD
+        if Version(row.first) <= Version(version) <= Version(row.last)
+        and strategy.zero_stage in row.stages
+        and row.offload == offload
+    ]
+    return "; ".join(
+        f"known of deepspeed {r.first if r.first == r.last else f'{r.first} to {r.last}'}, ZeRO-"
+        f"{strategy.zero_stage}{' with CPU offload' if r.offload else ''}: {r.symptom}"
+        for r in rows
+    )
+
+
+class _Linear(nn.Module):
+    def __init__(self, weights: int):
+        super().__init__()
+        self.plus, self.minus = nn.Parameter(torch.zeros(weights)), nn.Parameter(torch.zeros(weights))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (self.plus * features - self.minus * features).float().sum()
+
+
+class Probe(nn.Module):
+    """A summed loss like a real run's, in two parameters: each weight's gradient is its feature."""
+
+    def __init__(self, weights: int):
+        super().__init__()
+        self.model = _Linear(weights)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed loss of one micro-batch, scalar."""
+        return self.model(batch["features"])
+
+
+def tokens_of(rank: int, micro_batch: int, ranks: int, last: bool) -> int:
+    """Tokens of the probe's micro-batch, ragged; none in the last rank's last one."""
+    empty = last and rank == ranks - 1 and (ranks > 1 or micro_batch > 0)
+    return 0 if empty else 1 + (3 * rank + 5 * micro_batch) % 7
+
+
+def check_scale(
+    strategy: Strategy,
+    accumulation_steps: int,
+    per_device_rows: int,
+    max_grad_norm: float,
+    say,
+    patience_seconds: float = backend.PATIENCE_SECONDS,
+    first: Callable[[backend.Engine], None] = lambda engine: None,
+) -> str:
+    """Train the probe for three windows in an engine like the run's; returns one line for the plan. A collective.
+
+    `first` is called with the engine before, and may refuse what the ranks do not agree on.
+
+    The windows have as many micro-batches as configured (at most MOST_MICRO_BATCHES), one, and one more than
+    configured. Raises UserError naming the versions when a micro-batch has not exactly the weight that it must have.
+    """
+    limit = max_grad_norm and max(max_grad_norm, 1.0)  # the clipping code runs, and clips nothing
+    engine = backend.start(strategy, accumulation_steps, per_device_rows, limit, say, patience_seconds)
+    first(engine)
+    # without what any first start costs: imports, the process group, DeepSpeed's compiles
+    started = time.perf_counter()
+    full = min(engine.accelerator.gradient_accumulation_steps, MOST_MICRO_BATCHES)
+    try:
+        problem = measure(engine, (full, 1, full + 1))
+    except RuntimeError as error:
+        known = _known(strategy)
+        if not known:
+            raise
+        raise UserError(
+            f"scale check: the optimizer step fails under {_versions(strategy)}: {error} {known}"
+        ) from error
+    engine.release()
+    if problem:
+        raise UserError(
+            f"scale check: {_versions(strategy)} would train wrongly: {problem}. {_known(strategy)}"
+            "Nothing was trained. Install the versions of constraints.txt."
+        )
+    return (
+        f"ok, windows of {full}, 1 and {full + 1} micro-batches on {strategy.ranks} rank{'s' * (strategy.ranks > 1)}"
+        f" under {_versions(strategy)}, {time.perf_counter() - started:.1f} s"
+    )
+
+
+def measure(engine: backend.Engine, windows: tuple[int, ...]) -> str:
+    """Run windows of so many micro-batches through the probe; "" when all is exact, else what is wrong. A
+    collective.
+    """
+    ranks, wanted, norms = engine.ranks, [], []
+    probe = Probe(sum(windows) * ranks)
+    engine.prepare(probe, torch.optim.SGD(probe.parameters(), lr=1.0))
+    for micro_batches in windows:
+        counts = [[tokens_of(r, k, ranks, k == micro_batches - 1) for r in range(ranks)] for k in range(micro_batches)]
+        total = sum(map(sum, counts))
+        norms.append(
+            (
+                _train(engine, counts, len(wanted), sum(windows) * ranks),
+                UNIT * math.sqrt(2 * sum(c * c for row in counts for c in row)) / total,
+            )
+        )
+        wanted += [UNIT * count / total for row in counts for count in row]
+    state = engine.gather_state(only_trained=True)
+    here = torch.stack([-state["plus"], state["minus"]]).double() if state else torch.zeros(2, len(wanted))
+    found = engine.total(*here.flatten())  # every rank judges, and all come to the same
+    return judge(found, wanted * 2, norms, ranks, windows, TOLERANCE[engine.strategy.mixed_precision])
+
+
+def _train(engine: backend.Engine, counts: list[list[int]], first: int, weights: int) -> float:
+    """One window of the probe; returns the engine's gradient norm. `counts` are tokens by micro-batch and rank."""
+    mine = [row[engine.rank] for row in counts]
+    (denominator,) = engine.total(sum(mine))
+    for _ in range(20):  # fp16's loss scaler may skip a window or two, and takes its time to come down
+        for k, count in enumerate(mine):
+            features = torch.zeros(weights)
+            features[first + k * engine.ranks + engine.rank] = count * UNIT
+            batch = {"features": features, "tokens": torch.tensor(count)}
+            engine.micro_step(batch, denominator, last=k == len(mine) - 1)
+        if engine.applied or not engine.scales_loss:
+            break
+    return engine.grad_norm()
+
+
+def judge(
+    found: list[float],
+    wanted: list[float],
+    norms: list[tuple[float, float]],
+    ranks: int,
+    windows: tuple[int, ...],
+    tolerance: float,
+) -> str:
+    """ "" when every weight and every (found, wanted) gradient norm is right; else the factors seen."""
+    factors = [f / w for f, w in zip(found, wanted, strict=True) if w]
+    stray = [f for f, w in zip(found, wanted, strict=True) if not w and f]
+    wrong = [f for f in factors if not abs(f - 1) <= tolerance]  # NaN is wrong too
+    norm = max((f / w for f, w in norms), key=lambda ratio: abs(ratio - 1) if math.isfinite(ratio) else math.inf)
+    if not wrong and not stray and abs(norm - 1) <= 2 * tolerance:
+        return ""
+    total = len(factors) // 2
+    said = [f"in windows of {', '.join(map(str, windows))} micro-batches on {ranks} rank{'s' * (ranks > 1)}"]
+    if wrong:
+        low, high = min(wrong), max(wrong)
+        seen = f"{(low + high) / 2:.3g}" if math.isclose(low, high, rel_tol=1e-2) else f"{low:.3g} to {high:.3g}"
+        said.append(f"{math.ceil(len(wrong) / 2)} of {total} micro-batches count {seen} times what they must")
+        lost = sum(f == 0 for f in wrong)
+        said += [f"{math.ceil(lost / 2)} of them are lost"] if lost else []
+    if stray:
+        said.append("an empty micro-batch changed weights")
+    return ", ".join([*said, f"the gradient norm is {norm:.4g} times the true one"])
+
+
+def _versions(strategy: Strategy) -> str:
+    names = ["accelerate", "torch"] + ["deepspeed"] * (strategy.engine == "deepspeed")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
+def _known(strategy: Strategy) -> str:
+    if strategy.engine != "deepspeed":
+        return ""
+    known = known_of(importlib.metadata.version("deepspeed"), strategy)
+    return f"{known}; deepspeed {GOOD_DEEPSPEED} and later were exact. " if known else ""

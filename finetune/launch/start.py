@@ -1,0 +1,182 @@
+"""`finetune train --launch X`, `finetune verify --launch X`: check first, start `accelerate launch`, end with the
+trainer's own status and message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.errors import FinetuneError
+from finetune.launch.preflight import first_stage
+from finetune.launch.strategy import Strategy
+from finetune.process import heartbeat, root_cause
+from finetune.process.exit_status import REPORT_FILE
+from finetune.process.heartbeat import SHARED_FOLDER
+from finetune.process.host_memory import host_memory, kills_for_memory
+from finetune.process.root_cause import End
+from finetune.process.stop_signals import PR_SET_PDEATHSIG
+
+SAVING_SECONDS = 600  # how long torchrun waits for ranks that were asked to stop before it kills them
+
+
+class LaunchedRunFailed(FinetuneError):
+    """The launched trainer ended with a status of its own; the message is its last."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.exit_code = code
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_train(recipe_path: str, overrides: Sequence[str], launch_file: str | None) -> None:
+    """Check recipe and launch file, then launch the trainer and wait. Raises FinetuneError with its status."""
+    strategy = first_stage(recipe_path, overrides, launch_file).strategy
+    _launch(strategy, launch_file, [str(Path(__file__).resolve().parents[1] / "train.py"), recipe_path, *overrides], {})
+
+
+def launch_verify(recipe_path: str, overrides: Sequence[str], launch_file: str, full: bool, as_json: bool) -> None:
+    """Check recipe and launch file, launch the verification, print its report. Raises FinetuneError with its status."""
+    strategy = first_stage(recipe_path, overrides, launch_file).strategy
+    options = ["--full"] * full + ["--json"] * as_json
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        report = Path(folder) / "report"
+        extra = {REPORT_FILE: str(report)}
+        try:
+            # the launcher, too, imports DeepSpeed, which prints to stdout: only the report belongs there
+            _launch(
+                strategy, launch_file, ["-m", "finetune", "verify", recipe_path, *overrides, *options], extra, stdout=2
+            )
+        finally:
+            if report.exists():
+                print(report.read_text(), flush=True)
+
+
+def _launch(
+    strategy: Strategy,
+    launch_file: str | None,
+    program: list[str],
+    extra_environment: dict[str, str],
+    stdout: int | None = None,
+) -> None:
+    if launch_file is None:
+        command = [sys.executable, *program]
+    else:
+        command = [sys.executable, "-m", "finetune.launch.accelerate_launch", "--config_file", launch_file]
+        if strategy.ranks > 1 and strategy.machines == 1:
+            command += ["--main_process_port", str(free_port())]  # 29500, the default, is everybody's
+        command += program
+    # -m finds the package in an uninstalled checkout too
+    above = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as folder:
+        environment = (
+            dict(os.environ) | {SHARED_FOLDER: folder, "PYTHONPATH": os.pathsep.join(above)} | extra_environment
+        )
+        environment["FINETUNE_REQUESTED_PROCESSES"] = str(strategy.ranks)
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))  # torchrun's own 30 s are no save
+        kills = kills_for_memory()
+        code = _run(command, environment, stdout)
+        deaths = _deaths(Path(folder), code if launch_file is None else 0, kills_for_memory() > kills)
+        end = root_cause.first([*root_cause.left(Path(folder)), *deaths])
+    if end in deaths:
+        print(file=sys.stderr)  # it may have left a progress bar in the middle of a line
+    if end is not None:
+        raise LaunchedRunFailed(end.code, end.words)
+    if code:
+        raise LaunchedRunFailed(
+            code if code > 0 else 128 - code, f"the launched process ended with status {code} and no message"
+        )
+
+
+def _deaths(folder: Path, status: int, for_memory: bool) -> list[End]:
+    """The ranks that ended without a word of their own; `status` is that of the only process, where there is no
+    launcher.
+
+    `for_memory` says that the kernel has killed something for want of memory in the meantime.
+    """
+    said = {end.rank for end in root_cause.left(folder)}
+    places = {place.rank: place for place in heartbeat.places(folder)}
+    died = [json.loads(file.read_text()) for file in folder.glob("died-*.json")]
+    if status:
+        died.append({"rank": 0, "pid": 0, "status": status, "time": time.time()})
+    found = []
+    for death in died:
+        rank, status = death["rank"], death["status"]
+        if rank in said:
+            continue
+        message = f"{places.get(rank) or f'rank {rank}'}: ended with status {status} without a word"
+        if status < 0:
+            message = f"{places.get(rank) or f'rank {rank}'}: killed by {_signal_name(-status)}"
+        if status == -signal.SIGKILL:
+            # probably: the kernel did so, to some process of this machine
+            why = "probably" if for_memory else "perhaps"
+            message += f", {why} for want of host memory, of which it may have {host_memory()}"
+        found.append(
+            End(rank, death["pid"], death["time"], status if status > 0 else 128 - status, message + ".", alone=True)
+        )
+    return found
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
+def _run(command: list[str], environment: dict[str, str], stdout: int | None) -> int:
+    """Run the launcher to its end; its exit status. SIGTERM and SIGINT go to the ranks, which save: a launcher would
+    leave them behind.
+    """
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=stdout,
+        # a terminal's Ctrl-C is for this process alone: it ends launchers before their ranks have saved
+        start_new_session=True,
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    )
+
+    def ranks() -> list[int]:
+        return [
+            place.pid
+            for place in heartbeat.places(Path(environment[SHARED_FOLDER]))
+            if root_cause.is_running(place.pid)
+        ]
+
+    def forward(number: int, frame: object) -> None:
+        pids = ranks()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if not pids:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+        # a launcher that was killed leaves its ranks behind, which save: what they say counts
+        deadline = time.monotonic() + SAVING_SECONDS
+        while ranks() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return code
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -1,0 +1,1 @@
+"""Config facts, tokenizer, weights and adapters; model folders in and out."""

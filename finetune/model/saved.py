@@ -1,0 +1,102 @@
+"""A trained folder read back for use: a full model, or an adapter on the base it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from finetune.engine.kernels import plain_4bit_layers
+from finetune.errors import UserError, reason
+from finetune.model.save import BASE_FILE
+from finetune.report.run_folder import read_json
+
+UNREADABLE = (OSError, ValueError, KeyError, SafetensorError, UnpicklingError)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What lies in a folder (or under a hub id). `base` and `held` say what an adapter sits on, and how it was held."""
+
+    name: str
+    adapter: bool
+    base: str
+    revision: str | None
+    held: dict
+
+
+def find(name: str) -> Trained:
+    """The model or adapter called `name`: a folder, else a hub id. Raises UserError when there is neither."""
+    folder = Path(name).expanduser()
+    if (adapter := read_json(folder / "adapter_config.json")) is not None:
+        held = read_json(folder / BASE_FILE) or {}
+        return Trained(str(folder), True, adapter["base_model_name_or_path"], adapter.get("revision"), held)
+    if (folder / "config.json").exists():
+        return Trained(str(folder), False, str(folder), None, {})
+    if folder.is_dir():
+        inside = folder / "model"
+        hint = f"Did you mean {inside}?" if inside.is_dir() else "Give a run's model folder, such as runs/x/model."
+        raise UserError(f"{name}: holds neither config.json nor adapter_config.json. {hint}")
+    if folder.exists() or name[:1] in "./~" or name.count("/") > 1:
+        raise UserError(f"{name}: no such model folder. Give a run's model folder, such as runs/x/model, or a hub id.")
+    return Trained(name, False, name, None, {})
+
+
+def load_tokenizer(trained: Trained):
+    """The tokenizer beside the model, or its base's. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    own = not trained.adapter or (Path(trained.name) / "tokenizer_config.json").exists()
+    try:
+        return AutoTokenizer.from_pretrained(trained.name if own else trained.base, trust_remote_code=False)
+    except (*UNREADABLE, TypeError) as error:
+        raise UserError(_unreadable(trained.name if own else trained.base, "tokenizer", error)) from error
+
+
+def load(
+    trained: Trained, device: torch.device, dtype: torch.dtype | None = None, dequantised: bool = False
+) -> nn.Module:
+    """The model on `device` in evaluation mode, its adapter attached.
+
+    `dtype`: None takes the one it was saved (an adapter's base: held) in. A base that was held in 4 bits is quantised
+    again, the same way; with `dequantised` its 4-bit values are then spread out in `dtype`. Raises UserError.
+    """
+    model = _load_base(trained, device, dtype, dequantised)
+    if trained.adapter:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, trained.name)
+        except UNREADABLE as error:
+            raise UserError(_unreadable(trained.name, "adapter", error)) from error
+    return model.to(device).eval()
+
+
+def _load_base(trained: Trained, device: torch.device, dtype: torch.dtype | None, dequantised: bool) -> nn.Module:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    held = getattr(torch, trained.held["dtype"]) if "dtype" in trained.held else "auto"
+    options: dict = {"dtype": dtype or held, "revision": trained.revision or "main", "trust_remote_code": False}
+    quantization = trained.held.get("quantization_config")
+    if quantization is not None:
+        config = BitsAndBytesConfig.from_dict(quantization)
+        if dtype is not None:
+            config.bnb_4bit_compute_dtype = dtype
+        options |= {"quantization_config": config, "device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(trained.base, **options)
+    except UNREADABLE as error:
+        raise UserError(_unreadable(trained.base, "model", error, trained)) from error
+    if quantization is not None and dequantised:
+        return model.dequantize(dtype)
+    plain_4bit_layers(model)
+    return model
+
+
+def _unreadable(name: str, what: str, error: Exception, trained: Trained | None = None) -> str:
+    base = f" (the base of the adapter {trained.name})" if trained is not None and trained.adapter else ""
+    return f"{name}{base}: its {what} cannot be loaded: {reason(error)}"

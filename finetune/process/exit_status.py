@@ -1,0 +1,100 @@
+"""How a process of ours ends: one message, one exit status, and a status file for whoever launched us."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+
+from finetune.errors import FinetuneError
+from finetune.process import heartbeat, root_cause
+from finetune.process.root_cause import End
+from finetune.report import redact
+
+STATUS_FILE = "FINETUNE_STATUS_FILE"  # environment variable: where the first to fail leaves its exit status and message
+REPORT_FILE = (  # environment variable: where a launched command leaves what its launcher shall print
+    "FINETUNE_REPORT_FILE"
+)
+INTERRUPTED = 130  # Ctrl-C: the shell's own convention, 128 + SIGINT
+
+
+def is_launched() -> bool:
+    """Whether this process was started by accelerate or torchrun as one rank of a launch."""
+    # accelerate sets the second for every script; people set other ACCELERATE_* variables, such as the log level,
+    # themselves
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_DYNAMO_BACKEND" in os.environ
+
+
+def guarded(body: Callable[[], None]) -> int:
+    """Run `body`; returns the exit status. An expected end prints its message last; anything else keeps its
+    traceback.
+    """
+    heartbeat.here()  # the launcher and the other ranks know this process from now on
+    try:
+        body()
+    except (Exception, KeyboardInterrupt) as error:
+        own, stands = settle(error)
+        if stands.rank == own.rank:
+            a_bug = not isinstance(error, (FinetuneError, KeyboardInterrupt)) and stands == own
+            say(stands, "".join(traceback.format_exception(error)) if a_bug else "")
+        return own.code
+    write_status(0, "")
+    return 0
+
+
+def settle(error: BaseException) -> tuple[End, End]:
+    """(this rank's end by `error`, the end of the launch: this one, or an earlier one of another rank).
+
+    Every rank meets the same bad input, and the others meet a broken connection when only one rank fails: ends.py says
+    whose words stand, and waits for them. A second call does not wait again."""
+    own = getattr(error, "end", None) or _end_of(error)
+    error.end = own
+    stands = root_cause.settle(own)
+    if stands == own and own.lost_peer and (lost := root_cause.gone()):
+        stands = replace(own, message=lost)
+    return own, stands
+
+
+def _end_of(error: BaseException) -> End:
+    place = heartbeat.here()
+    code, lost, alone = getattr(error, "exit_code", 1), False, getattr(error, "alone", False)
+    if isinstance(error, FinetuneError):
+        message = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, message = INTERRUPTED, "interrupted"
+    else:
+        lost, alone = root_cause.is_lost_peer(error), bool(place.words)
+        first_line = next(iter(str(error).splitlines()), "")
+        message = f"{type(error).__name__}: {first_line}" + (f" ({place})" if place.words else "")
+    return End(place.rank, place.pid, time.time(), code, redact.text(message), lost, alone)
+
+
+def say(end: End, text: str = "") -> None:
+    """Print the words that stand as this process's last ones, after the `text` of a traceback.
+
+    `finetune train` prints them itself at its end.
+    """
+    text = redact.text(text)
+    if text:
+        print(f"\n[rank {end.rank}] {text.strip()}" if end.rank else text.strip(), file=sys.stderr, flush=True)
+    write_status(end.code, end.words)
+    if heartbeat.SHARED_FOLDER not in os.environ and text.strip().splitlines()[-1:] != [end.words]:
+        print(end.words, file=sys.stderr, flush=True)
+
+
+def write_status(code: int, message: str) -> None:
+    """Leave exit status and message in the file that STATUS_FILE names. The first cause stands; of success rank 0
+    tells.
+    """
+    path = os.environ.get(STATUS_FILE)
+    if path and (code or os.environ.get("RANK", "0") == "0"):
+        temporary = f"{path}.{os.getpid()}"
+        with contextlib.suppress(OSError):
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump({"exit_code": code, "message": message}, file)
+            os.replace(temporary, path)

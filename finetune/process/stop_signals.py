@@ -1,0 +1,94 @@
+"""Wishes during a run: to stop (a signal to this process, the death of its launcher, a file) or to save (a file).
+
+They are granted at the end of a window, on all ranks the same one (loop.py adds the wishes of all ranks up), after
+saving."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.process import heartbeat, root_cause
+from finetune.process.exit_status import say
+from finetune.process.root_cause import End
+
+STOP_FILE, SAVE_FILE = "STOP", "SAVE"  # in the output folder
+EXTRA_STOP_FILE = (  # environment variable: a second place for STOP, for launch scripts that know no recipe
+    "FINETUNE_STOP_FILE"
+)
+LAUNCHER_DIED = signal.SIGUSR1  # what the kernel sends us; schedulers send it too, as an early warning
+PR_SET_PDEATHSIG = 1
+# one Ctrl-C reaches a rank up to three times: by the terminal, its launcher, and the launcher's death
+SECOND_SECONDS = 2.0
+
+
+def follow_launcher() -> None:
+    """Let the kernel tell this process when its launcher dies: `accelerate launch` leaves its trainer behind as an
+    orphan.
+    """
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(LAUNCHER_DIED))
+        if os.getppid() != parent:  # it died in between
+            os.kill(os.getpid(), LAUNCHER_DIED)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What this rank was asked for: to save and end, to save and go on."""
+
+    stop: bool = False
+    save: bool = False
+
+
+@contextmanager
+def listening(output_dir: Path) -> Iterator[Callable[[], Wishes]]:
+    """Within it SIGTERM, SIGINT and SIGUSR1 ask for a stop, and so does a file output_dir/STOP; output_dir/SAVE asks
+    for a checkpoint.
+
+    A second SIGTERM or SIGINT, two seconds after the first signal or later, ends the process at once. Yields what tells
+    the wishes so far. The signals are as they were afterwards; where an error ends the run they stay, for the launcher
+    asks all ranks to go when one has, and this one may still have to say why."""
+    stop_files = [output_dir / STOP_FILE, *(Path(path) for path in [os.environ.get(EXTRA_STOP_FILE)] if path)]
+    # and nothing else: where the terminal has gone, a word would be an error in the middle of a step
+    asked: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, _: asked.append(n))
+        for number in (signal.SIGTERM, signal.SIGINT, LAUNCHER_DIED)
+    }
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    wakeup = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_the_second, args=(heard,), name="second signal", daemon=True).start()
+    yield lambda: Wishes(bool(asked) or any(file.exists() for file in stop_files), (output_dir / SAVE_FILE).exists())
+    signal.set_wakeup_fd(wakeup)
+    os.close(tell)
+    for number, old in before.items():
+        signal.signal(number, old)
+
+
+def _end_at_the_second(heard: int) -> None:
+    """A thread, because the main thread runs no handler while it waits for another rank, which may be for ever."""
+    first = None
+    while number := int.from_bytes(os.read(heard, 1), "big"):
+        now = time.monotonic()
+        first = first or now
+        if number in (signal.SIGTERM, signal.SIGINT) and now - first > SECOND_SECONDS:
+            place = heartbeat.here()
+            message = (
+                f"stopped at once by a second {signal.Signals(number).name}. The same command goes on from the newest"
+                " checkpoint."
+            )
+            end = End(place.rank, place.pid, time.time(), 128 + number, message)
+            root_cause.leave(end)
+            say(end)
+            os._exit(end.code)
+    os.close(heard)

@@ -1,0 +1,130 @@
+"""Ends a run that stands still: a thread per rank that expects a new place (whereabouts.py) every so many seconds.
+
+A rank that hangs keeps all others waiting in a collective, for ever or for the process group's half hour. The one that
+stands outside a collective reports first; one that stands inside may only be waiting, and reports later, naming the
+rank that is behind."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from finetune.process import heartbeat, root_cause
+from finetune.process.exit_status import say
+from finetune.process.heartbeat import Place
+from finetune.process.root_cause import End
+
+# Where a thread stands while it waits for other ranks, or for a device that does: the innermost frames' files.
+_WAITING = (
+    "/torch/distributed/",
+    "/torch/autograd/",
+    "/deepspeed/comm/",
+    "/deepspeed/runtime/",
+    "/accelerate/utils/operations.py",
+    "/finetune/engine/engine.py",
+)
+
+SLOW_FACTOR = 10  # saves and the export of a large model, during which nothing moves on
+
+
+def longer(seconds: float) -> float:
+    """How long a rank may stand still that waits for others, where `seconds` is the limit."""
+    return seconds + min(60.0, max(5.0, seconds / 4))
+
+
+def ranks_wait(seconds: float) -> float:
+    """How long a rank waits in a collective before the process group gives up, where `seconds` is the limit (0: a
+    year): longer than the watchdog, which knows what is wrong, at the slowest it allows."""
+    return longer(longer(SLOW_FACTOR * seconds)) if seconds else 365 * 86400.0
+
+
+@contextlib.contextmanager
+def watching(seconds: float, leave_word: Callable[[int, str], None]) -> Iterator[None]:
+    """Within it the process ends with status 1 when its main thread stays in one place for `seconds` (0: never).
+
+    `leave_word` is called with status and message before; whereabouts.at is what counts as progress.
+    """
+    over = threading.Event()
+    arguments = (seconds, threading.get_ident(), leave_word, over)
+    threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watch(seconds: float, main: int, leave_word: Callable[[int, str], None], over: threading.Event) -> None:
+    tick = min(1.0, (seconds or math.inf) / 10)
+    beat, still, looked = -1, 0.0, time.monotonic()
+    while not over.wait(tick):
+        heartbeat.alive()
+        now = time.monotonic()
+        # a process that was stopped for a while (a suspended job) has not been standing still
+        still, looked = still + min(now - looked, 2 * tick), now
+        if heartbeat.here().beat != beat:
+            beat, still = heartbeat.here().beat, 0.0
+        if still > root_cause.GRACE_SECONDS:
+            _leave_if_in_vain(leave_word)
+        limit = (seconds or math.inf) * (SLOW_FACTOR if heartbeat.here().slow else 1)
+        if still < limit:
+            continue
+        stack = traceback.extract_stack(sys._current_frames()[main])
+        waits = any(part in frame.filename for frame in stack[-2:] for part in _WAITING)
+        others = heartbeat.others()
+        if not waits or still > longer(limit) and all(time.time() - other.time > limit for other in others):
+            _end(limit, stack, others if waits else [], leave_word)
+
+
+def _leave_if_in_vain(leave_word: Callable[[int, str], None]) -> None:
+    """End this process where another rank has ended: on a GPU nothing wakes a rank that waits for it, not even a
+    SIGTERM.
+    """
+    cause = root_cause.first(root_cause.left(heartbeat.shared_folder()))
+    if cause is not None and not cause.lost_peer:
+        try:
+            leave_word(cause.code, cause.words)
+        finally:
+            os._exit(cause.code)  # and it has said so
+    if lost := root_cause.gone():
+        _say_and_leave(lost, "", leave_word, lost_peer=True)
+
+
+def _end(
+    limit: float, stack: traceback.StackSummary, others: list[Place], leave_word: Callable[[int, str], None]
+) -> None:
+    """Say where this rank stands, or which of the `others` it waits for, and leave. Does not return."""
+    place, frame, now = heartbeat.here(), stack[-1], time.time()
+    dead = [other for other in others if now - other.alive > limit / 2]
+    late = dead or [other for other in others if other.beat < place.beat]
+    message = (
+        f"{place}: no progress for {now - place.time:.0f} s; it stands in"
+        f" {os.path.basename(frame.filename)}:{frame.lineno} ({frame.name})"
+    )
+    if late:
+        message = f"{late[0]}: no progress for {now - late[0].time:.0f} s; rank {place.rank} waits for it"
+    elif others:
+        message += ", perhaps waiting for another rank"
+    for other in dead:  # it does not run its own watchdog any more, nor does it hear a SIGTERM
+        with contextlib.suppress(OSError):
+            os.kill(other.pid, signal.SIGKILL)
+    rest = f"training.step_timeout_seconds allows {limit:g} s for this: set it higher if it can take so long."
+    _say_and_leave(f"{message}. {rest}", f"the main thread stands here:\n{''.join(stack.format())}", leave_word)
+
+
+def _say_and_leave(message: str, text: str, leave_word: Callable[[int, str], None], lost_peer: bool = False) -> None:
+    place = heartbeat.here()
+    own = End(place.rank, place.pid, time.time(), 1, message, lost_peer, alone=True)
+    try:
+        stands = root_cause.settle(own)
+        leave_word(stands.code, stands.words)
+        if stands == own:
+            say(own, text)
+    finally:
+        os._exit(1)

@@ -1,0 +1,1 @@
+"""YAML to a typed Recipe, every problem with its line."""

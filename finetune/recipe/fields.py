@@ -1,0 +1,312 @@
+"""The recipe's keys: names, types, ranges, defaults and what each is for. Every key here does something."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from finetune.recipe.sizes import PATTERN, parse_bytes
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+# Hugging Face's names for the optimizers, each with ours.
+OPTIM_ALIASES = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_apex_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_bnb_paged_8bit": "paged_adamw_8bit",
+    "adamw_8bit_paged": "paged_adamw_8bit",
+}
+# Of each pair at most one may be set; the second displaces the first one's default.
+EXCLUSIVE = (
+    (("training", "num_train_epochs"), ("training", "max_steps")),
+    (("training", "warmup_ratio"), ("training", "warmup_steps")),
+    (("data", "eval"), ("data", "eval_fraction")),
+)
+LEARNING_RATE_FULL, LEARNING_RATE_LORA = 2.0e-5, 2.0e-4
+
+
+def _ours(name: Any) -> Any:
+    return OPTIM_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+def _a_layer(name: str) -> str:
+    if name == "all-linear":
+        raise ValueError("all-linear stands alone, not in a list: no layer is called so")
+    return name
+
+
+def _auto_or_size(value: Any) -> Any:
+    if value != "auto":
+        parse_bytes(value)
+    return value
+
+
+AUTO_OR_SIZE = BeforeValidator(_auto_or_size)  # recipe_check.py knows it by itself, to say what parse_bytes says
+Share = Annotated[float, Field(gt=0, le=1)]
+Stage = Annotated[list[Share], Field(min_length=2, max_length=2)]
+LayerName = Annotated[NonEmpty, AfterValidator(_a_layer)]
+
+
+class Section(BaseModel):
+    """Strict: a key that is not declared is an error, and so is a value of another type."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelSection(Section):
+    """Which model is tuned."""
+
+    name_or_path: NonEmpty
+    """Hub id or local folder of the model to start from (required)."""
+    revision: NonEmpty = "main"
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose author you trust."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of frozen weights and of the exported folder; auto is the checkpoint's own. What is trained is float32."""
+    attn_implementation: Literal[
+        "auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"
+    ] = "auto"
+    """Attention kernel; auto is the fastest that transformers finds without extra packages (sdpa where a model has
+    it).
+    """
+    load_in_4bit: bool = False
+    """QLoRA: hold the frozen base in 4 bits (bitsandbytes NF4, double quantisation). Needs a lora section."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters; leave the whole section out for full fine-tuning."""
+
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: PositiveInt = 32
+    """Scale: an adapter's output is multiplied by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters; 0 keeps runs with different launch files identical."""
+    target_modules: Literal["all-linear"] | Annotated[list[LayerName], Field(min_length=1)] = "all-linear"
+    """Which layers get adapters: all-linear (all but the output head), or a list of layer names."""
+
+
+class SourceSection(Section):
+    """One source of rows."""
+
+    path: NonEmpty
+    """Local file (.jsonl, .json, .csv, .tsv, .parquet, .txt, also .gz), folder of them, or hub id (required)."""
+    split: NonEmpty = "train"
+    """Split of a hub data set, or of a folder whose file names begin with train, test or validation."""
+    subset: NonEmpty | None = None
+    """Configuration of a hub data set that has several."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "text"] = "auto"
+    """What a row is; auto reads it off the columns. Of preference pairs the chosen answer is learned."""
+    columns: dict[NonEmpty, NonEmpty] = {}
+    """Other column names: {ours: theirs}, for example {prompt: question, completion: answer}."""
+    system: NonEmpty | None = None
+    """System prompt for conversations that bring none."""
+    weight: float = Field(1.0, gt=0, le=1000)
+    """The source's rows times this per epoch: 2 takes each row twice, 0.5 a half that the seed chooses."""
+
+
+class DataSection(Section):
+    """What is learned from, and how a row becomes tokens."""
+
+    train: Annotated[list[SourceSection], Field(min_length=1)]
+    """Sources of the training rows, in order (required)."""
+    eval: Annotated[list[SourceSection], Field(min_length=1)] | None = None
+    """Sources of the evaluation rows."""
+    eval_fraction: float | None = Field(None, gt=0, lt=1)
+    """Instead of eval: this share of the training rows is held out, chosen by the seed."""
+    max_length: int = Field(2048, ge=2)
+    """Tokens per row at most; longer rows are truncated."""
+    packing: Literal[False] = False
+    """Lay rows out without padding. Not available yet: false is the only value."""
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    """Tokens that are trained: the assistant's turns with their end, only the last answer, or every token. Plain text
+    is always trained whole."""
+    max_rows: PositiveInt | None = None
+    """Use at most this many training rows: the first of all sources in order, before weights and eval_fraction."""
+    streaming: bool = False
+    """Tokenise rows while training instead of before, for data that do not fit on a disk. Needs training.max_steps; the
+    sources' weights are then their shares of the rows."""
+    max_dropped_fraction: float = Field(0.1, ge=0, le=1)
+    """An error when more than this share of rows cannot be trained on (no trained token, refused by the template)."""
+
+
+class TrainingSection(Section):
+    """The mathematics of the run: what is here decides the resulting weights."""
+
+    num_train_epochs: float | None = Field(1, gt=0)
+    """Passes over the training rows. Instead of max_steps."""
+    max_steps: PositiveInt | None = None
+    """Number of optimizer steps. Instead of num_train_epochs."""
+    global_batch_size: PositiveInt = 64
+    """Rows per optimizer step, over all ranks and micro-batches."""
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Rows per micro-batch: what one rank takes in one forward."""
+    gradient_accumulation_steps: PositiveInt | Literal["auto"] = "auto"
+    """Micro-batches per rank and optimizer step; auto is derived from the two sizes above and the number of ranks."""
+    learning_rate: float = Field(LEARNING_RATE_FULL, ge=0)
+    """Peak learning rate. Default: 2e-4 with a lora section, 2e-5 without."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: float | None = Field(0.03, ge=0, le=1)
+    """Share of the planned steps over which the learning rate rises from 0. Instead of warmup_steps."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which the learning rate rises from 0. Instead of warmup_ratio."""
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """Multiplies the learning rate with the batch: by the root of global batch / reference_batch_size, or by that
+    itself.
+    """
+    reference_batch_size: PositiveInt | None = None
+    """The global batch, in rows, that learning_rate was chosen for. Required with lr_scaling."""
+    optim: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"], BeforeValidator(_ours)] = "adamw"
+    """Optimizer; Hugging Face's names are aliases. The backend picks the implementation and prints it."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to AdamW's denominator."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """The whole window's gradient is scaled down to this norm; 0 does not clip."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward: less memory, about a third more time, the same mathematics."""
+    device_memory: Annotated[str, AUTO_OR_SIZE, Field(json_schema_extra={"pattern": f"^(auto|{PATTERN})$"})] = "auto"
+    """Memory of a device that micro-batches chosen by `auto` must fit; auto is the device's, less a margin."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time: slower on a GPU, and an operation that has none ends the run
+    with its name.
+    """
+    stop_on_loss_spike: bool = True
+    """End the run with status 4 when the losses of three steps in a row are far above those before
+    (finetune/training/loss_spike.py: the rule).
+    """
+    step_timeout_seconds: float = Field(1800.0, ge=0)
+    """End the run, naming the rank, when one makes no progress (a micro-batch, an evaluation batch, a save) for so
+    long; 0 waits on.
+    """
+    seed: int = Field(42, ge=0, le=2**32 - 1)
+    """Decides row order, dropout, adapter initialisation and the held-out rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _displaced_defaults(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            given = dict(given)
+            for first, second in EXCLUSIVE:
+                if first[0] == "training" and given.get(second[1]) is not None:
+                    given.setdefault(first[1], None)
+        return given
+
+
+class AccumulationSection(Section):
+    """How many rows a step takes over the run. K, the micro-batches per step, always follows from the rows."""
+
+    schedule: Literal["constant", "warmup", "adaptive"] = "constant"
+    """constant: the global batch from the first step on. warmup: small batches first, as `warmup` says. adaptive: the
+    global batch first, then half or twice as much whenever the measured gradient noise scale is far from it."""
+    warmup: Annotated[list[Stage], Field(min_length=1)] | Annotated[list[PositiveInt], Field(min_length=1)] = [
+        [0.25, 0.1],
+        [0.5, 0.2],
+        [1.0, 1.0],
+    ]
+    """Pairs: until this share of the run, steps take this share of the global batch (rounded to rows, at least one). Or
+    one K per epoch, such as [2, 4, 6, 8] for min(2 * epoch, 8): the greatest stands for the global batch, the others
+    for their share of it, and the last goes on."""
+    smallest: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """adaptive: the batch is never below this share of the global batch. Sizes are the global batch times powers of
+    two.
+    """
+    largest: Annotated[float, Field(ge=1)] = 4.0
+    """adaptive: the batch is never above this multiple of the global batch."""
+    measure_every: PositiveInt = 5
+    """adaptive: windows between two measurements of the gradient noise; each reads the gradients of a window's
+    micro-batches.
+    """
+
+    @property
+    def by_epoch(self) -> bool:
+        """Whether `warmup` says one K per epoch."""
+        return isinstance(self.warmup[0], int)
+
+
+class EvaluationSection(Section):
+    """When the held-out loss is measured: also before the first step and at the end."""
+
+    eval_steps: PositiveInt = 100
+    """Optimizer steps between two evaluations."""
+
+
+class CheckpointSection(Section):
+    """What is kept so that the run can go on after anything."""
+
+    save_steps: PositiveInt = 200
+    """Optimizer steps between two checkpoints."""
+    save_total_limit: PositiveInt = 2
+    """Checkpoints that are kept; an older one goes after a newer one is complete."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest held-out loss beside them; evaluation.eval_steps must meet save_steps."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: the same command goes on from the newest checkpoint that verifies. never: start over; what lies in
+    output_dir moves to output_dir/before-N."""
+    allow_changed: list[NonEmpty] = []
+    """Dotted keys, such as training.learning_rate, that may differ from the checkpoint's recipe at a resume."""
+
+
+class LoggingSection(Section):
+    """What is written down on the way."""
+
+    logging_steps: PositiveInt = 1
+    """Optimizer steps between two lines of metrics.jsonl."""
+    report_to: list[
+        Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+    ] = []
+    """Experiment trackers that get the same numbers (install them yourself); one that fails costs a warning."""
+
+
+class Recipe(Section):
+    """What to learn, from what, and how."""
+
+    # local paths are absolute once finetune.recipe.load.load has made it; `include` is always None then
+    include: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
+    """Recipe files to start from, merged in order; this file's own keys win. Relative to this file's folder."""
+    model: ModelSection
+    """Which model is tuned (required)."""
+    lora: LoraSection | None = None
+    """Low-rank adapters; leave out for full fine-tuning."""
+    data: DataSection
+    """What is learned from (required)."""
+    training: TrainingSection = TrainingSection()
+    """The mathematics of the run."""
+    accumulation: AccumulationSection = AccumulationSection()
+    """How many rows a step takes over the run."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """When the held-out loss is measured."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """What is kept so that the run can go on after anything."""
+    logging: LoggingSection = LoggingSection()
+    """What is written down on the way."""
+    output_dir: NonEmpty
+    """Folder of the run, relative to the working directory (required)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _learning_rate_by_method(cls, given: Any) -> Any:
+        training = given.get("training", {}) if isinstance(given, dict) else None
+        if isinstance(training, dict):
+            rate = LEARNING_RATE_FULL if given.get("lora") is None else LEARNING_RATE_LORA
+            given = {**given, "training": {"learning_rate": rate, **training}}
+        return given

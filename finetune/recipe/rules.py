@@ -1,0 +1,113 @@
+"""Values of one recipe that do not go together, whatever the launch file: the recipe's part of the compatibility
+table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetune.recipe.fields import Recipe
+
+
+@dataclass(frozen=True)
+class RecipeRow:
+    """A combination that is refused. `key` is where the message points to."""
+
+    recipe: str  # the combination in words
+    key: str
+    holds: Callable[[Recipe], bool]
+    reason: str
+    instead: str
+
+
+def _rise_to_one(shares: list[float]) -> bool:
+    return all(a < b for a, b in zip(shares, shares[1:])) and shares[-1] == 1.0
+
+
+RECIPE_ROWS = (
+    RecipeRow(
+        recipe="model.load_in_4bit: true without a lora section",
+        key="model.load_in_4bit",
+        holds=lambda recipe: recipe.model.load_in_4bit and recipe.lora is None,
+        reason="4-bit weights cannot be trained",
+        instead="add a lora section (QLoRA), or leave load_in_4bit out",
+    ),
+    RecipeRow(
+        recipe="training.lr_scaling: sqrt or linear without training.reference_batch_size",
+        key="training.lr_scaling",
+        holds=lambda recipe: recipe.training.lr_scaling != "none" and recipe.training.reference_batch_size is None,
+        reason="nothing says which batch the learning rate was chosen for",
+        instead="add training.reference_batch_size, the rows per optimizer step that learning_rate belongs to",
+    ),
+    RecipeRow(
+        recipe="training.reference_batch_size without training.lr_scaling",
+        key="training.reference_batch_size",
+        holds=lambda recipe: (
+            recipe.training.reference_batch_size is not None and "lr_scaling" not in recipe.training.model_fields_set
+        ),
+        reason="it does nothing without training.lr_scaling",
+        instead="add lr_scaling: sqrt or linear, or leave reference_batch_size out",
+    ),
+    RecipeRow(
+        recipe="accumulation.warmup whose shares of the run do not rise to 1",
+        key="accumulation.warmup",
+        holds=lambda recipe: (
+            not recipe.accumulation.by_epoch and not _rise_to_one([until for until, _ in recipe.accumulation.warmup])
+        ),
+        reason="the first numbers of the pairs are shares of the run: they must rise, and the last one is 1.0",
+        instead="write for example [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]",
+    ),
+    RecipeRow(
+        recipe="accumulation.warmup as one K per epoch with training.max_steps",
+        key="accumulation.warmup",
+        holds=lambda recipe: recipe.accumulation.by_epoch and recipe.training.num_train_epochs is None,
+        reason="with training.max_steps nothing says when an epoch ends",
+        instead="use num_train_epochs, or pairs such as [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]",
+    ),
+    RecipeRow(
+        recipe="accumulation.warmup without accumulation.schedule",
+        key="accumulation.warmup",
+        holds=lambda recipe: (
+            "warmup" in recipe.accumulation.model_fields_set and "schedule" not in recipe.accumulation.model_fields_set
+        ),
+        reason="it does nothing without accumulation.schedule",
+        instead="add schedule: warmup, or leave it out",
+    ),
+    *(
+        RecipeRow(
+            recipe=f"accumulation.{name} without accumulation.schedule",
+            key=f"accumulation.{name}",
+            holds=lambda recipe, name=name: (
+                name in recipe.accumulation.model_fields_set and "schedule" not in recipe.accumulation.model_fields_set
+            ),  # a written schedule says that it is meant to do nothing
+            reason="it does nothing without accumulation.schedule: adaptive",
+            instead="add schedule: adaptive, or leave it out",
+        )
+        for name in ("smallest", "largest", "measure_every")
+    ),
+    RecipeRow(
+        recipe="schedule: adaptive whose smallest and largest leave one size",
+        key="accumulation.smallest",
+        holds=lambda recipe: (
+            recipe.accumulation.schedule == "adaptive"
+            and recipe.accumulation.smallest > 0.5
+            and recipe.accumulation.largest < 2
+        ),
+        reason="sizes are the global batch times powers of two, and none but 1 lies between smallest and largest",
+        instead="use smallest 0.5 or less, or largest 2 or more",
+    ),
+)
+
+
+def recipe_refusals(recipe: Recipe) -> list[tuple[str, str]]:
+    """(dotted key, sentence) for what a recipe alone gets wrong between two of its own values."""
+    rows = [row for row in RECIPE_ROWS if row.holds(recipe)]
+    return [(row.key, f"{row.key} is {value_of(recipe, row.key)}, but {row.reason}: {row.instead}.") for row in rows]
+
+
+def value_of(recipe: Recipe, key: str) -> str:
+    """The value of a `section.name` key as its YAML would write it."""
+    section, _, name = key.partition(".")
+    value = getattr(getattr(recipe, section), name)
+    return str(value).lower() if isinstance(value, bool) else str(value)

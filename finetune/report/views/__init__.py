@@ -1,0 +1,1 @@
+"""One terminal view per command."""

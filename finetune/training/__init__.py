@@ -1,0 +1,1 @@
+"""A recipe run: job, step, loop, run; resume, forecast, verification."""

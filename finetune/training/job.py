@@ -1,0 +1,288 @@
+"""One job, assembled once for training, verification and comparison: engine, summed-loss module, data, optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+from torch import Tensor
+
+from finetune.batching.learning_rate import Schedule, batch_schedule, lr_scaling, warmup_steps_of
+from finetune.batching.windows import (
+    BatchPlan,
+    Position,
+    Window,
+    deal,
+    epoch_rows,
+    largest_micro_batches,
+    next_window,
+    planned_windows,
+    row_order,
+    rows_of_epoch,
+    stream_window,
+)
+from finetune.data import collate as collating
+from finetune.data.prepare import PreparedData, prepare
+from finetune.data.stream import StreamRows, open_stream
+from finetune.data.token_cache import TokenRows
+from finetune.engine import engine as backend_engine
+from finetune.engine.deepspeed.config import parameter_elements
+from finetune.engine.devices import has_accelerator
+from finetune.engine.kernels import optimizer_name
+from finetune.engine.optim import make_optimizer
+from finetune.engine.scale_check import check_scale
+from finetune.errors import UserError, reason
+from finetune.launch import preflight
+from finetune.launch.strategy import Strategy
+from finetune.memory.estimate import Estimate, estimate
+from finetune.memory.micro_batch import choose_micro_batch
+from finetune.memory.trace import Shape, outlined
+from finetune.model import load as model
+from finetune.model.parameters import Weights
+from finetune.objectives.sft import SummedLoss
+from finetune.process.watchdog import ranks_wait
+from finetune.recipe.load import Loaded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before a weight is read: batch arithmetic, schedule, model facts, tokenised data."""
+
+    loaded: Loaded
+    strategy: Strategy
+    batch: BatchPlan
+    max_grad_norm: float
+    facts: model.ModelFacts
+    tokenizer: object
+    data: PreparedData
+    schedule: Schedule
+    chosen: bool = False  # whether the micro-batch was chosen by memory, and is to be confirmed on the device
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan on a running engine."""
+
+    plan: Plan
+    engine: backend_engine.Engine
+    description: dict
+    scale_check: str = ""  # what the start-up check saw
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.plan.schedule
+
+    @property
+    def batch(self) -> BatchPlan:
+        return self.plan.batch
+
+    @property
+    def seed(self) -> int:
+        return self.plan.loaded.recipe.training.seed
+
+    @property
+    def train_rows(self) -> TokenRows | StreamRows:
+        return self.plan.data.train
+
+    @property
+    def evaluation_rows(self) -> TokenRows | None:
+        return self.plan.data.evaluation
+
+    def next_window(self, position: Position) -> Window | None:
+        """The window at this position of the run; None when its rows are used up, which never happens with
+        max_steps.
+        """
+        training = self.plan.loaded.recipe.training
+        epochs = math.inf if training.max_steps is not None else training.num_train_epochs
+        rows = self.schedule.batch_rows(position.step, position.applied_rows, position.noise.doublings)
+        if self.plan.loaded.recipe.data.streaming:
+            return stream_window(position, rows)
+        return next_window(position, len(self.train_rows), rows, self.seed, epochs)
+
+    def measures_noise(self, window: Window) -> bool:
+        """Whether this window's gradients are watched for the noise scale."""
+        return self.schedule.batch.adapts and window.index % self.schedule.batch.measure_every == 0
+
+    def epoch_after(self, window: Window) -> float:
+        """Passes over the training rows when `window` is done; 0 for a stream, whose length nobody knows."""
+        if self.plan.loaded.recipe.data.streaming:
+            return 0.0
+        return window.epoch + (window.first_row + len(window.rows)) / len(self.train_rows)
+
+    def micro_batches(self, window: Window) -> list[dict[str, Tensor]]:
+        """This rank's micro-batches of a window, on the host; equally many on every rank, some perhaps empty."""
+        return [self.collate(self.train_rows, rows) for rows in self.share(window)]
+
+    def share(self, window: Window) -> list[tuple[int, ...]]:
+        """The rows of this rank's micro-batches of a window."""
+        return deal(window.rows, self.engine.ranks, self.batch.per_device_rows)[self.engine.rank]
+
+    def collate(self, source: TokenRows | StreamRows, rows: tuple[int, ...]) -> dict[str, Tensor]:
+        """One micro-batch (rows, tokens) of these rows of a source; an empty one for no rows."""
+        padding = model.padding_id(self.plan.tokenizer, self.plan.facts.vocabulary)
+        return collating.collate([source.row(i) for i in rows], padding)
+
+
+def largest_shapes(plan: Plan) -> list[Shape]:
+    """The micro-batches of this run with the most tokens: of those that begin a window, and of the later ones, which
+    meet gradients.
+
+    Exact for a constant batch over rows in memory; else one, the most there could be.
+    """
+    recipe, batch, train = plan.loaded.recipe, plan.batch, plan.data.train
+    training, sizes = recipe.training, plan.schedule.batch
+    if recipe.data.streaming or sizes.varies or sizes.adapts:
+        longest = recipe.data.max_length if recipe.data.streaming else int(train.lengths.max())
+        return [Shape(batch.per_device_rows, longest, batch.per_device_rows > 1)]
+    left = plan.schedule.planned_steps * batch.global_batch_rows
+    epochs = training.num_train_epochs if training.max_steps is None else math.inf
+    longest, ragged = (
+        int(train.lengths.max()),
+        batch.per_device_rows > 1 and int(train.lengths.min()) < int(train.lengths.max()),
+    )
+    found: list[tuple[int, int, bool]] = []  # of the first micro-batches, of the later ones
+    epoch = 0
+    while left > 0 and (rows := rows_of_epoch(len(train), epochs, epoch)):
+        order = row_order(len(train), training.seed, epoch)[: min(rows, left)]
+        here = largest_micro_batches(train.lengths, order, batch.global_batch_rows, batch.per_device_rows, batch.ranks)
+        places = zip_longest(found, here)
+        found = [max(filter(None, place), key=lambda one: (one[0] * one[1], one[2])) for place in places]
+        if all(one == (batch.per_device_rows, longest, ragged) for one in found):
+            break  # no later epoch has a larger one
+        # a window never spans two epochs: the last one of an epoch may be short, and still is a step
+        left -= math.ceil(rows / batch.global_batch_rows) * batch.global_batch_rows
+        epoch += 1
+    return [Shape(*one) for one in found]
+
+
+def forecast(plan: Plan) -> tuple[Estimate, Shape] | str:
+    """The memory of this run before it starts, and the micro-batch that decides it; why it is not known, which is no
+    reason not to train.
+    """
+    first, *later = largest_shapes(plan)
+    steps = plan.batch.accumulation_steps
+    cases = [(shape, steps) for shape in later]
+    if not later or (first.rows * first.tokens, first.padded) > (later[0].rows * later[0].tokens, later[0].padded):
+        cases.append((first, 1 if later else steps))  # what begins a window meets no gradients
+    try:
+        found = [
+            (estimate(plan.loaded, plan.facts, plan.strategy, shape, k, on_cpu=not has_accelerator()), shape)
+            for shape, k in cases
+        ]
+    except Exception as error:  # noqa: BLE001 - a model's own code may raise anything; loading it says what is really wrong
+        return f"not known beforehand: {reason(error)}"
+    return max(found, key=lambda pair: pair[0].step_bytes)
+
+
+def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> Plan:
+    """Everything that can be wrong before weights are read. No process group: every rank calls it by itself.
+
+    Raises UserError.
+    """
+    # where no GPU is found the CPU was not asked for, but it is what will run
+    settled = preflight.settle(loaded, replace(strategy, use_cpu=strategy.use_cpu or not has_accelerator()))
+    batch, max_grad_norm = settled.batch, settled.max_grad_norm
+    facts = model.facts(loaded)
+    tokenizer = model.load_tokenizer(loaded)
+    prepared = (open_stream if loaded.recipe.data.streaming else prepare)(loaded, tokenizer, say)
+    facts = check_rows(loaded, strategy, facts, tokenizer, prepared)
+    rows = 0 if loaded.recipe.data.streaming else len(prepared.train)  # a stream has max_steps
+    schedule = make_schedule(loaded, batch, rows)
+    if chosen := batch.open:
+        # rows held out come in micro-batches of the same size, and may be longer
+        held = (prepared.train, prepared.evaluation)
+        longest = (
+            loaded.recipe.data.max_length
+            if loaded.recipe.data.streaming
+            else max(int(r.lengths.max()) for r in held if r is not None)
+        )
+        batch = choose_micro_batch(settled, facts, longest, say)
+    return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule, chosen)
+
+
+def check_rows(
+    loaded: Loaded, strategy: Strategy, facts: model.ModelFacts, tokenizer, prepared: PreparedData
+) -> model.ModelFacts:
+    """The facts of the model that takes these rows: its vocabulary grows where their tokens need it.
+
+    Raises UserError where the rows hold tokens or positions that the model cannot have.
+    """
+    vocabulary = model.needed_vocabulary(loaded, strategy, facts, tokenizer, prepared.summary["max_token_id"])
+    longest = max(int(rows.lengths.max()) for rows in (prepared.train, prepared.evaluation) if rows is not None)
+    if facts.max_positions is not None and longest > facts.max_positions:
+        raise UserError(
+            f"{loaded.where('data.max_length')}: data.max_length lets rows of {longest} tokens through, but the model"
+            f" has {facts.max_positions} positions. Use max_length {facts.max_positions} or less."
+        )
+    return replace(facts, vocabulary=vocabulary)
+
+
+def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
+    """The recipe's schedule of batch and learning rate over a training set of `rows` rows."""
+    training = loaded.recipe.training
+    sizes = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, training.num_train_epochs)
+    if training.max_steps is not None:
+        planned, total_rows = training.max_steps, None
+    else:
+        planned = planned_windows(rows, sizes, training.num_train_epochs)
+        total_rows = sum(epoch_rows(rows, training.num_train_epochs))
+    return Schedule(
+        shape=training.lr_scheduler_type,
+        peak=training.learning_rate,
+        warmup_steps=warmup_steps_of(training.warmup_ratio, training.warmup_steps, planned),
+        planned_steps=planned,
+        max_steps=training.max_steps,
+        total_rows=total_rows,
+        batch=sizes,
+        scaling=lr_scaling(training),
+        warmup_share=(
+            training.warmup_ratio if (sizes.varies or sizes.adapts) and training.warmup_steps is None else None
+        ),
+    )
+
+
+def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> Job:
+    """Check the engine's scale, start it, load the model, build the optimizer, prepare. A collective. Raises UserError.
+
+    With `measure` the engine's meter keeps what memory is taken for from the start.
+    """
+    most_steps = plan.batch.steps(plan.schedule.batch.largest_rows)
+    patience = ranks_wait(plan.loaded.recipe.training.step_timeout_seconds)
+    settings = (plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, say, patience)
+    # before an engine under which models are sharded
+    weights = outlined_weights(plan) if plan.strategy.engine == "deepspeed" else None
+    scale_check = check_scale(*settings, first=lambda probe: _refuse_unequal(plan, probe))
+    engine = backend_engine.start(*settings)
+    if weights is not None:
+        engine.size_buffers(weights)
+    engine.meter.enabled = measure
+    with engine.meter.assembling():
+        network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
+        engine.meter.point("load", network)
+        trained, parameters = model.parameter_counts(network, parameter_elements)
+        optimizer = make_optimizer(network, plan.loaded.recipe, plan.strategy)
+        name = optimizer_name(optimizer)
+        engine.prepare(SummedLoss(network), optimizer)
+        engine.meter.point("prepare", engine.module, engine.optimizer)
+    return Job(plan, engine, {"parameters": parameters, "trained_parameters": trained, "optimizer": name}, scale_check)
+
+
+def outlined_weights(plan: Plan) -> Weights | None:
+    """The model's parameters before they are read; None where its own code cannot be built without them."""
+    try:
+        return outlined(plan.loaded, plan.facts)[2]
+    except Exception:  # noqa: BLE001 - loading it says what is wrong; the buffers are then sized when the engine is prepared
+        return None
+
+
+def _refuse_unequal(plan: Plan, engine: backend_engine.Engine) -> None:
+    """Raises UserError where ranks chose different micro-batches, because their devices differ. A collective."""
+    rows = engine.gather_objects(plan.batch.per_device_rows) if plan.chosen else [0]
+    if min(rows) < max(rows):
+        key = "training.device_memory"
+        raise UserError(
+            f"{plan.loaded.where(key)}: {key} is auto, and the ranks' devices differ: they would take {rows} rows per"
+            f" micro-batch. Set {key} to what the smallest one has."
+        )

@@ -1,0 +1,180 @@
+"""What goes on beside the training steps: logging, evaluation, saving. Consumes loop.train(), which knows nothing of
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+from finetune.batching.windows import Position
+from finetune.checkpoint import checkpoint
+from finetune.checkpoint.checkpoint import Progress
+from finetune.engine.devices import device_peak_bytes, host_peak_bytes
+from finetune.errors import Diverged, StopRequested
+from finetune.process.heartbeat import at
+from finetune.process.stop_signals import SAVE_FILE, Wishes
+from finetune.report.console import Console
+from finetune.report.output_folder import CHECKPOINTS
+from finetune.report.run_folder import RunFiles
+from finetune.training import loss_spike
+from finetune.training.job import Job
+from finetune.training.step import StepResult, evaluate, row_list, train
+
+
+def follow(
+    job: Job, files: RunFiles, console: Console, progress: Progress, facts: dict, wishes: Callable[[], Wishes]
+) -> Progress:
+    """Train from `progress` to the end and return the progress there.
+
+    `wishes` are what this rank was asked for. Raises StopRequested when one was asked to stop, after saving, and
+    Diverged."""
+    settings = job.plan.loaded.recipe
+    started = time.time() - progress.seconds
+    root = files.output_dir / CHECKPOINTS
+    every = settings.checkpoint.save_steps
+    due = (progress.position.step // every + 1) * every
+    if not progress.evaluations:
+        progress = _evaluated(job, files, console, progress)
+    console.start_bar(job.schedule.planned_steps, progress.position.step)
+    before: deque[Position] = deque(maxlen=loss_spike.IN_A_ROW)  # where the last applied windows began
+    for result in train(job, progress.position, wishes):
+        step = result.position.step
+        if result.applied:
+            before.append(progress.position)
+        progress = dataclasses.replace(
+            progress,
+            position=result.position,
+            train_loss=result.loss,
+            seconds=time.time() - started,
+            total_tokens=progress.total_tokens + result.tokens * result.applied,
+            recent_losses=(
+                loss_spike.remember(progress.recent_losses, result.loss) if result.applied else progress.recent_losses
+            ),
+        )
+        _log(job, files, console, result, progress)
+        if result.applied and not math.isfinite(result.loss):
+            continue  # never saved: train() ends the run
+        far_out = loss_spike.far_out(progress.recent_losses)
+        if far_out == loss_spike.IN_A_ROW and settings.training.stop_on_loss_spike and result.applied:
+            raise Diverged(_spike(job, progress, before))
+        finished = job.schedule.finished(step, result.position.applied_rows)
+        if result.applied and step % settings.evaluation.eval_steps == 0 and not finished:
+            progress = _evaluated(job, files, console, progress)
+        # what may be the beginning of a spike is not saved over what came before it
+        if finished or result.stop or result.save or result.applied and step >= due and not far_out:
+            if result.stop:
+                console.say("asked to stop: saving ...")
+            problem = _save(job, root, progress, facts)
+            # after a failure: soon again, the old checkpoint is still there
+            due = step + max(1, every // 10) if problem else (step // every + 1) * every
+            if problem:
+                console.say(
+                    f"warning: no checkpoint of step {step}: {problem}."
+                    + ("" if finished or result.stop else f" Training goes on; tried again at step {due}.")
+                )
+            if result.stop:
+                console.end_bar()
+                raise StopRequested(
+                    _stopped(step, f"could not be saved: {problem}" if problem else f"was saved to {root}")
+                )
+            if result.save:
+                (files.output_dir / SAVE_FILE).unlink(missing_ok=True)
+                console.say(f"asked to save: {'see the warning' if problem else f'step {step} is in {root}'}")
+    console.end_bar()
+    progress = _evaluated(job, files, console, dataclasses.replace(progress, seconds=time.time() - started))
+    if job.engine.total(wishes().stop)[0]:
+        raise StopRequested(_stopped(progress.position.step, "is the last; the model is still to be written"))
+    return progress
+
+
+def _stopped(step: int, what: str) -> str:
+    return f"stopped on request after step {step}, which {what}. The same command goes on from the newest checkpoint."
+
+
+def _spike(job: Job, progress: Progress, before: Sequence[Position]) -> str:
+    losses = progress.recent_losses
+    usual, spike = losses[: -loss_spike.IN_A_ROW], losses[-loss_spike.IN_A_ROW :]
+    first = job.next_window(before[0])
+    return (
+        f"loss spike: steps {progress.position.step - loss_spike.IN_A_ROW + 1} to {progress.position.step} have losses"
+        f" {', '.join(f'{loss:.4g}' for loss in spike)}; the {len(usual)} before have the median {median(usual):.4g},"
+        f" and more than {loss_spike.limit(usual):.4g} is far out. {row_list(first)}. The newest checkpoint is from"
+        " before the spike. Look at the rows, or go on with a lower training.learning_rate and"
+        " checkpoint.allow_changed=[training.learning_rate]; training.stop_on_loss_spike=false trains on."
+    )
+
+
+def _save(job: Job, root: Path, progress: Progress, facts: dict) -> str:
+    at(f"saving step {progress.position.step}", slow=True)
+    section = job.plan.loaded.recipe.checkpoint
+    needed = checkpoint.BYTES_PER_TRAINED_PARAMETER * job.description["trained_parameters"]
+    return checkpoint.save(job.engine, root, progress, facts, section.save_total_limit, section.keep_best, needed)
+
+
+def _evaluated(job: Job, files: RunFiles, console: Console, progress: Progress) -> Progress:
+    """The progress with the held-out loss at this step in it, measured unless it was."""
+    step = progress.position.step
+    if job.evaluation_rows is None or any(step == there for there, _ in progress.evaluations):
+        return progress
+    loss = evaluate(job)
+    files.log({"step": step, "eval_loss": loss, "time": time.time()})
+    console.say(f"held-out loss at step {step}: {loss:.4f}")
+    return dataclasses.replace(progress, evaluations=(*progress.evaluations, (step, loss)))
+
+
+def _log(job: Job, files: RunFiles, console: Console, result: StepResult, progress: Progress) -> None:
+    speed = result.tokens / result.step_seconds
+    row = metrics_of(result, job.schedule.batch.adapts) | {
+        "total_tokens": progress.total_tokens,
+        "tokens_per_second": speed,
+        "time": time.time(),
+        "device_peak_bytes": device_peak_bytes(),
+        "host_peak_bytes": host_peak_bytes(),
+    }
+    peak = row["device_peak_bytes"] or row["host_peak_bytes"]
+    console.advance(result.step, result.loss, result.learning_rate, speed, peak)
+    if not result.applied:
+        console.say(
+            f"window {result.window} skipped: loss {result.loss}, gradient norm {result.grad_norm}; nothing was applied"
+        )
+    if not result.applied or result.step % job.plan.loaded.recipe.logging.logging_steps == 0:
+        files.log(row)
+
+
+def metrics_of(result: StepResult, adapts: bool) -> dict:
+    """What one window leaves in metrics.jsonl; of an adaptive batch also what it follows, in trained tokens and per
+    token.
+    """
+    noise = result.position.noise
+    row = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in ("position", "stop")}
+    if adapts:
+        row |= {
+            "gradient_noise_scale": noise.scale_tokens,
+            "gradient_noise": noise.noise,
+            "gradient_signal": noise.signal,
+        }
+    return row
+
+
+def summary_of(job: Job, progress: Progress, model_dir: Path) -> dict:
+    """The end-of-run figures for run.json and the terminal. `seconds` and tokens are over all processes of the run."""
+    evaluations = progress.evaluations
+    return {
+        "steps": progress.position.step,
+        "windows": progress.position.window,
+        "train_loss": progress.train_loss,
+        "eval_loss_first": evaluations[0][1] if evaluations else None,
+        "eval_loss_last": evaluations[-1][1] if evaluations else None,
+        "total_tokens": progress.total_tokens,
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.total_tokens / progress.seconds if progress.seconds else 0.0,
+        "device_peak_bytes": device_peak_bytes(),
+        "host_peak_bytes": host_peak_bytes(),
+        "model": str(model_dir),
+    }

@@ -1,0 +1,83 @@
+"""A micro-batch that was chosen by memory, tried on the device before training: windows of the longest rows, thrown
+away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+
+import numpy as np
+
+from finetune.engine.devices import device_limit_bytes, empty_cache, has_accelerator, words_of_all
+from finetune.engine.memory_use import is_out_of_memory
+from finetune.errors import OutOfMemory
+from finetune.memory.micro_batch import KEY, next_smaller
+from finetune.report.console import human_bytes
+from finetune.training.job import Plan, assemble
+from finetune.training.one_batch_reference import accumulate
+
+# at most: one makes the optimizer's states, the next has them beside its activations; fp16's scaler skips some at first
+WINDOWS = 20
+PATIENCE_SECONDS = 60.0  # for the other ranks to come to the trial's end
+
+
+def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
+    """The plan, or the one with the next smaller micro-batch where memory ran out: the same global batch, said in one
+    line.
+
+    The model is read for the trial and read again for the run, so that the trial leaves nothing behind. A collective.
+    Raises OutOfMemory where the smaller one runs out, too."""
+    if plan.loaded.recipe.data.streaming:
+        return plan  # its longest rows are not known
+    reason = _runs_out(plan)
+    if not reason:
+        return plan
+    smaller = next_smaller(plan.batch)
+    if smaller is not None:
+        less = dataclasses.replace(plan, batch=smaller)
+        say(
+            f"auto: {plan.batch.per_device_rows} rows per micro-batch run out of memory here ({reason}):"
+            f" {smaller.line()}."
+        )
+        if not (again := _runs_out(less)):
+            return less
+        reason = again
+    raise OutOfMemory(
+        f"{plan.loaded.where('training.device_memory')}: the micro-batch that should fit runs out of memory ({reason}),"
+        " and so does the next smaller one. Set training.device_memory to less than what is there, or"
+        " training.per_device_train_batch_size to a number."
+    )
+
+
+def _runs_out(plan: Plan) -> str:
+    """Whether windows of the longest rows run out of memory on any rank, in words; nothing of it is kept."""
+    job, reason = assemble(plan, lambda line: None), ""
+    try:
+        longest = np.argsort(plan.data.train.lengths, kind="stable")[-plan.batch.per_device_rows :]
+        batch = job.collate(job.train_rows, tuple(longest.tolist()))
+        stepped = False
+        for _ in range(WINDOWS):
+            accumulate(job.engine, [batch] * min(2, plan.batch.accumulation_steps))
+            if stepped:
+                break
+            stepped = job.engine.applied
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"{human_bytes(device_limit_bytes())} on this device" if has_accelerator() else "out of host memory"
+    if job.engine.ranks > 1:
+        said = words_of_all(f"trial of {plan.batch.per_device_rows} rows", reason, PATIENCE_SECONDS)
+        if said is None:  # the others wait in a collective that this rank left: no way on but to end
+            raise OutOfMemory(
+                f"{plan.loaded.where(KEY)}: {plan.batch.per_device_rows} rows per micro-batch, chosen by auto, run out"
+                f" of memory on rank {job.engine.rank} alone ({reason or 'another rank'}). Set {KEY} to less than what"
+                " is there."
+            )
+        reason = next(filter(None, said), "")
+    job.engine.release()
+    del job
+    gc.collect()
+    empty_cache()
+    return reason

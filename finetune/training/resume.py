@@ -1,0 +1,174 @@
+"""Where a run begins: from nothing, or from the newest checkpoint that verifies and belongs to the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from pathlib import Path
+
+from finetune.checkpoint import checkpoint, snapshots
+from finetune.checkpoint.checkpoint import Progress, comparable, differences
+from finetune.checkpoint.snapshots import Snapshot
+from finetune.engine.deepspeed.universal import not_convertible
+from finetune.errors import UserError
+from finetune.recipe.load import Loaded, read_resolved
+from finetune.report import redact
+from finetune.report.console import Console
+from finetune.report.output_folder import BEFORE, CHECKPOINTS
+from finetune.training.job import Job
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
+ENDS_BYTES = 1 << 20
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries a run rests on."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def base_fingerprint(name_or_path: str, revision: str) -> str:
+    """What the base model's weights are: the commit of a hub model; names, sizes and both ends of the files of a local
+    folder.
+
+    An adapter's checkpoint does not hold its base: another one in the same place must be noticed.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+        return Path(cached).parent.name if isinstance(cached, str) else "unknown"
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        size = file.stat().st_size
+        with open(file, "rb") as content:
+            digest.update(f"{file.name} {size} ".encode() + content.read(ENDS_BYTES))
+            content.seek(max(0, size - ENDS_BYTES))
+            digest.update(content.read())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """What the tokenizer does: its pieces, merges and rules, and the chat template."""
+    text = (
+        tokenizer.backend_tokenizer.to_str()
+        if hasattr(tokenizer, "backend_tokenizer")
+        else str(sorted(tokenizer.get_vocab().items()))
+    )
+    return hashlib.sha256((text + str(tokenizer.chat_template)).encode()).hexdigest()
+
+
+def facts_of(job: Job) -> dict:
+    """What goes into a checkpoint's manifest: `same` must be met again at a resume, the rest is for people."""
+    plan = job.plan
+    sharded = plan.strategy.engine == "deepspeed"
+    return {
+        "same": {
+            "recipe": redact.tree(comparable(plan.loaded.recipe.model_dump(mode="json", exclude_none=True))),
+            "rows of the training data": plan.data.train.fingerprint,
+            "base model": base_fingerprint(plan.loaded.recipe.model.name_or_path, plan.loaded.recipe.model.revision),
+            "tokenizer": tokenizer_fingerprint(plan.tokenizer),
+            "rows per optimizer step": plan.batch.global_batch_rows,
+            "mixed precision": plan.strategy.mixed_precision,
+            "engine": "DeepSpeed" if sharded else "plain",
+            "ZeRO stage": plan.strategy.zero_stage,
+            "optimizer offload": plan.strategy.offload_optimizer if sharded else "any",
+        },
+        "ranks": plan.strategy.ranks,
+        "gradient_accumulation_steps": plan.batch.accumulation_steps,
+        "versions": versions(),
+    }
+
+
+def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress:
+    """The progress to go on from, with the engine in its state; Progress() for a new run. A collective.
+
+    Raises UserError where the newest checkpoint belongs to another recipe or other data, or to shards that cannot be
+    converted."""
+    loaded = job.plan.loaded
+    if loaded.recipe.checkpoint.resume == "never":
+        if job.engine.rank == 0:
+            _move_away(output_dir, console)
+        job.engine.wait()
+        return Progress()
+    root = output_dir / CHECKPOINTS
+    found = checkpoint.choose(job.engine, root, console.say)
+    if found is None:
+        checkpoint.on_rank_0(job.engine, lambda: _refuse_what_is_there(loaded, output_dir))
+        return Progress()
+    # a fact of checkpoints from before shards could be converted
+    allowed = [*loaded.recipe.checkpoint.allow_changed, "ranks of the shards"]
+    different = differences(found.facts["same"], facts["same"], allowed)
+    if different:
+        raise UserError(
+            f"{loaded.where('output_dir')}: output_dir {output_dir} holds step {found.step} of another run:"
+            f" {'; '.join(different)}. Undo the change, name the key in checkpoint.allow_changed, give another"
+            " output_dir, or start over with checkpoint.resume=never."
+        )
+    if facts["same"]["engine"] == "DeepSpeed" and found.facts["ranks"] != job.engine.ranks:
+        _refuse_other_ranks(job, found)
+        console.say(
+            f"converting the shards of step {found.step}: {found.facts['ranks']} -> {job.engine.ranks} ranks ..."
+        )
+    progress = checkpoint.load(job.engine, found)
+    if job.engine.rank == 0:
+        snapshots.set_aside(root, found.step)
+    job.engine.wait()
+    ranks = (
+        ""
+        if found.facts["ranks"] == job.engine.ranks
+        else (
+            f" ({found.facts['ranks']} ranks then, {job.engine.ranks} now: the same rows and learning rates, added up"
+            " in another order)"
+        )
+    )
+    console.say(f"resuming after step {found.step}, {progress.total_tokens:,} tokens, from {found.folder}{ranks}")
+    return progress
+
+
+def _refuse_other_ranks(job: Job, found: Snapshot) -> None:
+    """Raises UserError where DeepSpeed's shards cannot be converted for this number of ranks."""
+    loaded, then = job.plan.loaded, found.facts["ranks"]
+    optims = (found.facts["same"]["recipe"]["training.optim"], loaded.recipe.training.optim)
+    if reason := next(filter(None, (not_convertible(job.plan.strategy, optim) for optim in optims)), ""):
+        raise UserError(
+            f"{loaded.where('output_dir')}: output_dir {loaded.recipe.output_dir} holds step {found.step}, written by"
+            f" DeepSpeed on {then} ranks, and this run has {job.engine.ranks}: {reason}. Go on with {then} ranks, give"
+            " another output_dir, or start over with checkpoint.resume=never."
+        )
+
+
+def _refuse_what_is_there(loaded: Loaded, output_dir: Path) -> None:
+    """A folder without a checkpoint is started again, unless there was one, or what was started was something else."""
+    if damaged := snapshots.listing(output_dir / CHECKPOINTS):
+        raise UserError(
+            f"{loaded.where('output_dir')}: no checkpoint of {output_dir} can be used, see above (steps"
+            f" {', '.join(str(snapshot.step) for snapshot in damaged)}). Mend the disk, give another output_dir, or"
+            " start over with checkpoint.resume=never, which moves what is there away."
+        )
+    there = read_resolved(output_dir / "recipe.yaml")
+    if there is None:
+        return
+    now = redact.tree(comparable(loaded.recipe.model_dump(mode="json", exclude_none=True)))  # as it was written
+    different = differences(comparable(there), now, loaded.recipe.checkpoint.allow_changed)
+    if different:
+        raise UserError(
+            f"{loaded.where('output_dir')}: output_dir {output_dir} holds another run, without a checkpoint:"
+            f" {'; '.join(different)}. Give another output_dir, or move what is there away with"
+            " checkpoint.resume=never."
+        )
+
+
+def _move_away(output_dir: Path, console: Console) -> None:
+    """Everything in the folder goes to output_dir/before-N; nothing is deleted."""
+    here = [p for p in output_dir.iterdir() if not p.name.startswith((BEFORE, "."))] if output_dir.exists() else []
+    if not here:
+        return
+    numbers = [p.name.removeprefix(BEFORE) for p in output_dir.glob(f"{BEFORE}*")]
+    number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
+    target = output_dir / f"{BEFORE}{number}"
+    target.mkdir()
+    for path in here:
+        os.rename(path, target / path.name)
+    console.say(f"checkpoint.resume is never: starting over; what was there lies in {target}")

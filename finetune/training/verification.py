@@ -1,0 +1,259 @@
+"""`finetune verify`: is the update of accumulated micro-batches that of one big batch, on this machine, for this
+recipe?
+
+Inside a launch every rank runs windows of the recipe's rows through the launch's engine with plain SGD, so that the
+update is the clipped gradient times the learning rate; rank 0 takes the same rows as one big float32 batch from the
+same weights, without any engine. docs/gradient_accumulation.md derives the tolerances."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.errors import Diverged, UserError
+from finetune.launch import strategy as launch
+from finetune.launch.parents import check_ranks_asked_for, launched_by
+from finetune.launch.preflight import Settled, settle
+from finetune.process.exit_status import REPORT_FILE
+from finetune.recipe import load as recipe
+from finetune.recipe.load import Loaded
+
+MOST_MICRO_BATCHES = 8  # of the configured window, without --full
+SHORT_ROW_TOKENS = 256  # rows are cut to this, without --full
+# Learning rate as a share of the trained weights' norm. The update is read off float32 weights, so it must not be tiny;
+# steps of the weights' own size lead LoRA, which begins at zero, to where bf16's rounding alone is 10 % of the
+# gradient.
+STEP_SHARE = 2.0**-6
+SGD = ("training.optim=sgd", "training.learning_rate=1.0", "training.weight_decay=0.0")
+# Relative error of a gradient; docs/gradient_accumulation.md says where the factors come from.
+TOLERANCE = {"no": 64 * 2.0**-24, "bf16": 16 * 2.0**-8, "fp16": 16 * 2.0**-11}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One window against one big batch. `gradient_difference` is the relative L2 difference of the clipped gradients,
+    `weight_difference` that of all trained weights after the window's step, both from the same weights before it.
+    """
+
+    name: str
+    rows: int
+    micro_batches: int
+    gradient_norm_ratio: float
+    gradient_difference: float
+    weight_difference: float
+    tolerance: float
+    passed: bool
+
+
+def verify(recipe_path: str, overrides: Sequence[str], full: bool, as_json: bool) -> None:
+    """Verify in this process, one of the ranks of a launch (or alone), and print the table. Raises Diverged on a
+    difference.
+    """
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # DeepSpeed and the compilers print to stdout, on every rank
+    loaded = recipe.load(recipe_path, overrides)
+    ranks_asked, launch_file = launched_by()
+    strategy = launch.from_environment(os.environ, launch_file)
+    check_ranks_asked_for(strategy, ranks_asked)
+    settled = settle(loaded, strategy)
+    from finetune.engine.devices import prepare_libraries
+
+    prepare_libraries(strategy.use_cpu)
+    with tempfile.TemporaryDirectory(prefix="finetune-verify-") as folder:
+        report, main_rank = _run(recipe_path, overrides, settled, None if full else Path(folder))
+    if main_rank:
+        text = json.dumps(report, indent=1) if as_json else table(report)
+        if os.environ.get(REPORT_FILE):
+            Path(os.environ[REPORT_FILE]).write_text(text)
+        else:
+            os.write(stdout, (text + "\n").encode())
+    if not report["passed"]:
+        raise Diverged(
+            "verify: accumulated gradients differ from one big batch; see the table. Do not train like this."
+        )
+
+
+def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: Path | None) -> tuple[dict, bool]:
+    """(report, whether this is rank 0). `folder` is where the shrunk model goes; None verifies the real one."""
+    from finetune.data.prepare import prepare
+    from finetune.engine import engine as backend
+    from finetune.engine.optim import make_optimizer
+    from finetune.model import load as model
+    from finetune.objectives.sft import SummedLoss
+    from finetune.training.one_batch_reference import Reference, norm
+
+    loaded, strategy, batch = settled.loaded, settled.strategy, settled.batch
+    steps = batch.accumulation_steps if folder is None else min(batch.accumulation_steps, MOST_MICRO_BATCHES)
+    tokenizer = model.load_tokenizer(loaded)
+    prepared = prepare(loaded.sample(4 * batch.per_device_rows * batch.ranks * steps), tokenizer, _to_stderr)
+    rows = _rows(prepared.train, None if folder is None else SHORT_ROW_TOKENS)
+    changes = [*SGD] + ["lora.dropout=0.0"] * (loaded.recipe.lora is not None)
+    max_token_id = prepared.summary["max_token_id"]
+    if folder is not None:
+        shrink(loaded, folder, max_token_id + 1)
+        changes += [f"model.name_or_path={folder}", "model.revision=main"]
+    ours = {change.partition("=")[0] for change in changes}  # a key may be given once
+    small = recipe.load(recipe_path, [o for o in overrides if o.partition("=")[0] not in ours] + changes)
+    facts = model.facts(small)
+    facts = dataclasses.replace(
+        facts, vocabulary=model.needed_vocabulary(small, strategy, facts, tokenizer, max_token_id)
+    )
+    padding = model.padding_id(tokenizer, facts.vocabulary)
+    reference = Reference(small, facts, padding) if os.environ.get("RANK", "0") == "0" else None
+    engine = backend.start(strategy, batch.accumulation_steps, batch.per_device_rows, settled.max_grad_norm, _to_stderr)
+    network = model.load_model(small, strategy, facts, engine.device)
+    for module in [network, reference.network] if reference else [network]:
+        _no_dropout(module)
+    engine.prepare(SummedLoss(network), make_optimizer(network, small.recipe, strategy))
+    rate = engine.broadcast_object(STEP_SHARE * norm(engine.gather_state(only_trained=True)))
+    engine.set_lr(rate)
+    if reference is not None:
+        reference.set_lr(rate)
+    cases = [
+        _case(engine, reference, name, [rows[i % len(rows)] for i in range(count)], batch.per_device_rows, padding)
+        for name, count in _windows(batch.per_device_rows * batch.ranks, steps)
+    ]
+    passed = engine.total(0 if reference is None or all(case.passed for case in cases) else 1)[0] == 0
+    engine.wait()
+    return _report(settled, engine, cases, facts.architecture, folder is None, passed), reference is not None
+
+
+def _to_stderr(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def _rows(source, most_tokens: int | None) -> list:
+    """The rows of a set that still have a trained token when cut to `most_tokens`."""
+    from finetune.data.token_cache import Row
+
+    cut = [Row(row.input_ids[:most_tokens], row.labels[:most_tokens]) for row in map(source.row, range(len(source)))]
+    kept = [row for row in cut if (row.labels[1:] != -100).any()]
+    if not kept:
+        raise UserError(f"verify: no row trains a token in its first {most_tokens}. Use --full.")
+    return kept
+
+
+def _windows(unit: int, steps: int) -> list[tuple[str, int]]:
+    """(name, rows) of the windows to try; `unit` rows are one micro-batch on every rank."""
+    return [
+        ("configured window", unit * steps),
+        ("short window", unit * max(1, steps // 2) + 1),
+        ("empty micro-batches", unit * max(1, steps - 1) + 1),
+        ("K = 1", unit),
+    ]
+
+
+def _case(engine, reference, name: str, rows: list, per_device_rows: int, padding: int) -> Case | None:
+    """One window through the engine; on rank 0 (with the reference) the case, None elsewhere. A collective."""
+    from finetune.batching.windows import deal
+    from finetune.data.collate import collate
+    from finetune.training.one_batch_reference import accumulate, change, norm, relative
+
+    share = deal(range(len(rows)), engine.ranks, per_device_rows)[engine.rank]
+    share += [()] * name.startswith("empty")  # also where one rank would have none
+    before = engine.gather_state(only_trained=True)
+    accumulate(engine, [collate([rows[i] for i in part], padding) for part in share])
+    after = engine.gather_state(only_trained=True)
+    if reference is None:
+        return None
+    reference.load(before)
+    _, wanted_norm = reference.step(rows)
+    wanted = change(before, reference.state())
+    difference, ratio = relative(change(before, after), wanted), engine.grad_norm() / wanted_norm
+    of_weights = relative(after, reference.state())  # the same error as a share of the weights: no condition of its own
+    # the update is the difference of two float32 weights: half a unit in the last place of each is all one can read
+    tolerance = TOLERANCE[engine.strategy.mixed_precision] + 2.0**-24 * norm(before) / norm(wanted)
+    passed = max(difference, abs(ratio - 1)) <= tolerance
+    return Case(name, len(rows), len(share), ratio, difference, of_weights, tolerance, passed)
+
+
+def shrink(loaded: Loaded, folder: Path, vocabulary: int) -> None:
+    """Write a random-weight model of the recipe's class with two small layers to `folder`. The same on every rank."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    section = loaded.recipe.model
+    trust = {"trust_remote_code": section.trust_remote_code}
+    config = AutoConfig.from_pretrained(section.name_or_path, revision=section.revision, **trust)
+    text = config.get_text_config()
+    grouped = (getattr(text, "num_key_value_heads", None) or 0) < text.num_attention_heads
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "num_key_value_heads": 2 if grouped else 4,
+        "n_inner": 128,
+    }
+    for name, size in sizes.items():
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, size)
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(dict.fromkeys([*text.layer_types, *text.layer_types]))[:2] * 2
+        text.layer_types = text.layer_types[:2]
+    text.vocab_size = max(text.vocab_size, vocabulary)
+    for holder in {id(config): config, id(text): text}.values():
+        for name in [n for n in vars(holder) if n.endswith(("dropout", "pdrop"))]:
+            setattr(holder, name, 0.0)
+        vars(holder).pop("quantization_config", None)
+    torch.manual_seed(0)
+    try:
+        AutoModelForCausalLM.from_config(config, **trust).save_pretrained(folder)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"verify: {type(config).__name__} cannot be shrunk ({error}). Use --full.") from error
+
+
+def _no_dropout(network) -> None:
+    """Dropout differs from micro-batch to micro-batch by nature; verified without."""
+    import torch
+
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _report(settled: Settled, engine, cases: list, architecture: str, full: bool, passed: bool) -> dict:
+    steps = engine.accelerator.gradient_accumulation_steps
+    return {
+        "passed": passed,
+        "model": architecture + ("" if full else ", shrunk"),
+        "strategy": dataclasses.asdict(settled.strategy),
+        "scale": {"ranks": engine.ranks, "configured_steps": steps, "loss_times": engine.ranks * steps},
+        "versions": {p: importlib.metadata.version(p) for p in ("torch", "accelerate", "deepspeed", "transformers")},
+        "cases": [dataclasses.asdict(case) for case in cases if case is not None],
+    }
+
+
+def table(report: dict) -> str:
+    """The report for people."""
+    from finetune.training.run import describe_strategy
+
+    scale = report["scale"]
+    lines = [
+        (
+            f"{report['model']} on {describe_strategy(launch.Strategy(**report['strategy']))}: accumulated against one"
+            " float32 batch"
+        ),
+        (
+            f"each summed loss is multiplied by {scale['ranks']} ranks x {scale['configured_steps']} configured steps"
+            f" = {scale['loss_times']}, and divided by the window's trained tokens; the engine divides by the former"
+        ),
+        f"{'window':<20} {'rows':>5} {'K':>4} {'norm ratio':>11} {'difference':>11} {'tolerance':>10} {'weights':>8}",
+    ]
+    for case in report["cases"]:
+        lines.append(
+            f"{case['name']:<20} {case['rows']:>5} {case['micro_batches']:>4} {case['gradient_norm_ratio']:>11.7f}"
+            f" {case['gradient_difference']:>11.1e} {case['tolerance']:>10.1e} {case['weight_difference']:>8.1e}"
+            f"  {'equal' if case['passed'] else 'DIFFERENT'}"
+        )
+    return "\n".join([*lines, "gradients are exact" if report["passed"] else "GRADIENTS ARE WRONG"])

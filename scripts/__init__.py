@@ -1,0 +1,1 @@
+"""What runs outside the product: quick start, benchmarks, generators of documentation."""

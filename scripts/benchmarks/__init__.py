@@ -1,0 +1,1 @@
+"""Campaigns that measure: each writes its page and its JSON into docs/benchmarks/."""

@@ -1,0 +1,1 @@
+"""What the quick start needs: a tiny model, its text and its chats."""

@@ -1,0 +1,48 @@
+"""Models that bring Python code of their own: refused until the recipe says trust_remote_code."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from finetune.errors import UserError
+from finetune.launch import strategy as launch
+from finetune.model import load as model
+from finetune.recipe import load as recipe
+from tests.support.tiny_models import small_recipe
+
+CODE = """\
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def recipe_path(tmp_path):
+    path = small_recipe(tmp_path)
+    (tmp_path / "base" / "own.py").write_text(CODE)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own_llama", "architectures": ["OwnModel"], "auto_map": own}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_its_code_runs_only_when_the_recipe_trusts_it(recipe_path):
+    with pytest.raises(UserError, match="which brings Python code of its own.*set model.trust_remote_code: true"):
+        model.facts(recipe.load(recipe_path))
+    loaded = recipe.load(recipe_path, ["model.trust_remote_code=true"])
+    facts = model.facts(loaded)
+    assert facts.architecture == "OwnModel"
+    assert model.load_tokenizer(loaded) is not None
+    network = model.load_model(loaded, launch.one_process(), facts, torch.device("cpu"))
+    assert type(network).__name__ == "OwnModel"

@@ -1,0 +1,62 @@
+"""Run under a launcher: how often one micro-batch fetches each weight under ZeRO-3 with parameter offload, without
+prefetching.
+
+Arguments: recipe.yaml, out.json, stage3_max_reuse_distance.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from finetune.engine import engine as backend
+from finetune.engine.deepspeed.config import parameter_elements
+from finetune.engine.devices import prepare_libraries
+from finetune.engine.optim import make_optimizer
+from finetune.launch import strategy as launch
+from finetune.launch.parents import launched_by
+from finetune.model import load as model
+from finetune.objectives.sft import SummedLoss
+from finetune.recipe import load as recipe
+
+
+def main() -> None:
+    recipe_path, out, distance = sys.argv[1:]
+    torch.set_num_threads(1)
+    prepare_libraries()
+    loaded, strategy = recipe.load(recipe_path), launch.from_environment(os.environ, launched_by()[1])
+    engine = backend.start(strategy, 2, 1, 1.0)
+    settings = engine.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    settings |= {
+        "stage3_max_reuse_distance": int(distance),
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 0,
+    }
+    network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
+    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+    names = {p.ds_id: name for name, p in engine.inner_model().named_parameters()}
+    counts: collections.Counter[str] = collections.Counter()
+    for parameter in engine.module.parameters():
+
+        def gather(parameters, *rest, real=parameter.all_gather_coalesced, **options):
+            parameters = list(parameters)
+            counts.update(names[p.ds_id] for p in parameters)
+            return real(parameters, *rest, **options)
+
+        parameter.all_gather_coalesced = gather
+    ids = torch.arange(16)[None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    for i in range(3):  # DeepSpeed knows the order of the modules from the second micro-batch on
+        counts.clear()
+        engine.micro_step(batch, 16, last=i == 1)
+    sizes = {name: parameter_elements(p) for name, p in engine.inner_model().named_parameters()}
+    Path(out).write_text(json.dumps({"elements": sizes, "fetches": {name: counts[name] for name in sizes}}))
+    engine.close()
+
+
+main()

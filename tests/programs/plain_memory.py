@@ -1,0 +1,66 @@
+"""Run under a launcher, one process or DDP: bytes of all storages alive at rest and between micro-batches. Rank 0
+writes one JSON file.
+
+Arguments: recipe.yaml, out.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from finetune.engine import engine as backend
+from finetune.engine.devices import prepare_libraries
+from finetune.engine.optim import make_optimizer
+from finetune.engine.state import save_state
+from finetune.engine.storages import StorageTracker
+from finetune.launch import strategy as launch
+from finetune.launch.parents import launched_by
+from finetune.model import load as model
+from finetune.objectives.sft import SummedLoss
+from finetune.recipe import load as recipe
+
+
+def main() -> None:
+    recipe_path, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    prepare_libraries()
+    loaded, strategy = recipe.load(recipe_path), launch.from_environment(os.environ, launched_by()[1])
+    engine = backend.start(strategy, 3, 1, 1.0)
+    network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
+    ids = torch.arange(16)[None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with StorageTracker() as tracker:
+        tracker.forget(batch.values())
+        tracker.hold([*network.parameters(), *network.buffers()], "parameters")
+        engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+        engine.settle_buckets(batch)
+        for _ in range(2):
+            for k in range(3):
+                engine.micro_step(batch, 45, last=k == 2)
+                if k == 1:
+                    accumulating = tracker.live_bytes
+        resting = tracker.live_bytes
+        tracker.enter("checkpoint")
+        save_state(engine, Path(out).parent)
+        tracker.enter("export")
+        state = engine.gather_state(only_trained=loaded.recipe.lora is not None)
+        del state
+    weights = [[n, p.numel(), p.requires_grad, p.element_size()] for n, p in network.named_parameters()]
+    found = {
+        "weights": weights,
+        "buffers_bytes": sum(b.nbytes for b in network.buffers()),
+        "accumulating": accumulating,
+        "resting": resting,
+        "saving": max(tracker.peaks[moment] for moment in ("checkpoint", "export")) - resting,
+    }
+    if engine.rank == 0:
+        Path(out).write_text(json.dumps(found))
+    engine.close()
+
+
+main()

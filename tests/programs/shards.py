@@ -1,0 +1,47 @@
+"""Run under a launcher: what one rank holds after the model is loaded. Writes one JSON file per rank.
+
+Arguments: recipe.yaml, out-folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from finetune.engine import engine as backend
+from finetune.engine.deepspeed.config import parameter_elements
+from finetune.engine.devices import prepare_libraries
+from finetune.launch import strategy as launch
+from finetune.launch.parents import launched_by
+from finetune.model import load as model
+from finetune.recipe import load as recipe
+
+
+def load(recipe_path: str, strategy, device):
+    loaded = recipe.load(recipe_path)
+    return model.load_model(loaded, strategy, model.facts(loaded), device)
+
+
+def main() -> None:
+    recipe_path, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    prepare_libraries()
+    strategy = launch.from_environment(os.environ, launched_by()[1])
+    engine = backend.start(strategy, 2, 1, 1.0)
+    network = load(recipe_path, strategy, engine.device)
+    parameters = list(network.parameters())
+    found = {
+        "parameters": len(parameters),
+        "all_elements": sum(map(parameter_elements, parameters)),
+        "whole_here": sum(p.numel() for p in parameters),
+        "shards_here": sum(p.ds_tensor.numel() for p in parameters),
+    }
+    (Path(out) / f"{engine.rank}.json").write_text(json.dumps(found))
+    engine.wait()
+
+
+main()
