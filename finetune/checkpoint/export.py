@@ -13,11 +13,10 @@ from finetune.checkpoint.survey import pick
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.state import read_trained
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
+from finetune.launch.strategy import one_process
 from finetune.model import load as model
 from finetune.model.save import write_model
-from finetune.recipe import load as recipe
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import Loaded, load_resolved
 from finetune.report import redact
 from finetune.training.resume import base_fingerprint, tokenizer_fingerprint
 
@@ -34,7 +33,7 @@ def export_checkpoint(run: str, step: str, output: Path, trust_remote_code: bool
     if output.exists():
         raise UserError(f"{output}: exists already. Give a folder that does not, or delete it.")
     found = pick(Path(run), step)
-    loaded = recipe.load_resolved(Path(run) / "recipe.yaml")
+    loaded = load_resolved(Path(run) / "recipe.yaml")
     if loaded.recipe.model.trust_remote_code and not trust_remote_code:  # the folder says so; the user must
         raise UserError(
             f"{Path(run) / 'recipe.yaml'}: model.trust_remote_code is true: {loaded.recipe.model.name_or_path} brings"
@@ -47,7 +46,7 @@ def export_checkpoint(run: str, step: str, output: Path, trust_remote_code: bool
     _refuse_another_model(found, loaded, tokenizer)
     saved = read_trained(found.folder, sharded=same["engine"] == "DeepSpeed")
     where = torch.device("cpu" if loaded.recipe.lora is None else "meta")
-    network = model.load_model(loaded, launch.one_process(same["mixed precision"], use_cpu=True), facts, where)
+    network = model.load_model(loaded, one_process(same["mixed precision"], use_cpu=True), facts, where)
     state = _whole_state(found, network, saved)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_model(state, network, tokenizer, output, facts.export_dtype)

@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from finetune.process.exit_status import guarded, is_launched
+from finetune.launch.environment import is_launched
+from finetune.process.exit_status import guarded
 
 app = typer.Typer(
     add_completion=False,

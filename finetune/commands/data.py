@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
-from finetune.recipe import load as recipe
-from finetune.recipe.load import Loaded
+from finetune.launch.strategy import one_process
+from finetune.recipe.load import Loaded, load_recipe
 from finetune.report import redact
 
 _STREAMED_ROWS = 2000
@@ -27,7 +26,7 @@ def inspect(recipe_path: str, overrides: Sequence[str], samples: int, as_json: b
     """
     with contextlib.redirect_stdout(sys.stderr):  # stdout is the report's, whatever the libraries print
         try:
-            document = examine(recipe.load(recipe_path, overrides), samples)
+            document = examine(load_recipe(recipe_path, overrides), samples)
         except UserError as error:
             document = {"ok": False, "problems": list(error.messages)}
             if not as_json:
@@ -53,7 +52,7 @@ def examine(loaded: Loaded, samples: int) -> dict:
     """
     from finetune.engine.devices import prepare_libraries
 
-    strategy = launch.one_process()
+    strategy = one_process()
     prepare_libraries(strategy.use_cpu)
     from finetune.data.prepare import tokenise
     from finetune.model import load as model

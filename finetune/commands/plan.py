@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 
 from finetune.commands.check import stdout_is_stderr
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
 from finetune.launch.compatibility import FLASH
+from finetune.launch.config_file import read_launch_file
 from finetune.launch.preflight import Settled, collect, settle
-from finetune.launch.strategy import Strategy
-from finetune.recipe import load as recipe
+from finetune.launch.strategy import Strategy, one_process
 from finetune.recipe import sizes
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import Loaded, load_recipe
 from finetune.report import redact
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def planned(
 ) -> dict:
     """The document of `finetune plan --json`. Raises UserError with every problem of what was asked for."""
     problems: list[str] = []
-    loaded = collect(problems, lambda: recipe.load(recipe_path, overrides))
+    loaded = collect(problems, lambda: load_recipe(recipe_path, overrides))
     notes: list[str] = []
     strategy = collect(problems, lambda: _strategy(launch_file, ranks, notes))
     given = {
@@ -105,11 +104,11 @@ def _strategy(launch_file: str | None, ranks: int | None, notes: list[str]) -> S
         notes.append(
             f"no launch file was given: planned for accelerate_configs/{name}, {count} rank{'s' * (count > 1)}, bf16"
         )
-        found = launch.one_process("bf16")
+        found = one_process("bf16")
         return dataclasses.replace(
             found, source=f"accelerate_configs/{name}", engine="ddp" if count > 1 else "single", ranks=count
         )
-    found = launch.read(launch_file)
+    found = read_launch_file(launch_file)
     if ranks is None or ranks == found.ranks:
         return found
     if ranks % found.machines:

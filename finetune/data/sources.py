@@ -14,7 +14,8 @@ from pathlib import Path
 from finetune.data.files import Record, content_hash, expand, read_files
 from finetune.data.formats import COLUMNS, Shape, SourceRow, recognise, to_row
 from finetune.errors import UserError
-from finetune.recipe.load import Loaded, SourceSection
+from finetune.recipe.fields import SourceSection
+from finetune.recipe.load import Loaded
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from finetune.errors import UserError
-from finetune.launch.parents import HOW_TO_START_RANKS
+from finetune.launch.launcher_command import HOW_TO_START_RANKS
 from finetune.launch.strategy import Strategy
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from finetune.engine.deepspeed.config import parameter_shape
 from finetune.engine.kernels import OptimizerSettings, build_optimizer
 from finetune.launch.strategy import Strategy
-from finetune.recipe.load import Recipe
+from finetune.recipe.fields import Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, strategy: Strategy) -> torch.optim.Optimizer:

@@ -1,39 +1,21 @@
-"""The one table of what does not go together: recipe x launch. Torch-free; docs/compatibility.md is printed from it.
+"""The table of incompatible settings, recipe x launch file; docs/compatibility.md is printed from it. Torch-free.
 
-A row says when it holds, why, and the nearest combination that works. Whoever starts something asks `check` first.
+A row says when it holds, why, and the nearest combination that works. Whoever starts something asks `refusals` first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from finetune.errors import UserError
-from finetune.launch.strategy import NO_LOSS_SCALER, Strategy
+from finetune.launch.strategy import Strategy
 from finetune.recipe.fields import Recipe
 from finetune.recipe.load import Loaded
-from finetune.recipe.rules import RECIPE_ROWS, value_of
+from finetune.recipe.rules import RECIPE_ROWS, Incompatible, value_of
 
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 FLASH = ("flash_attention_2", "flash_attention_3")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One combination that is refused. `key` is the recipe key that the message points to, None for launch files
-    alone.
-    """
-
-    recipe: str  # the recipe's part, in words
-    launch: str  # the launch file's part
-    key: str | None
-    holds: Callable[[Recipe, Strategy], bool]
-    reason: str
-    instead: str
-
-
 ROWS = (
-    Row(
+    Incompatible(
         recipe="model.load_in_4bit: true (QLoRA)",
         launch="ZeRO-3, with or without offload",
         key="model.load_in_4bit",
@@ -41,7 +23,7 @@ ROWS = (
         reason="ZeRO-3 splits weights into flat shards, and packed 4-bit weights with their scales are not one",
         instead="use multi_gpu.yaml or zero2.yaml (every GPU holds the 4-bit base), or LoRA without load_in_4bit",
     ),
-    Row(
+    Incompatible(
         recipe="training.optim: adamw_8bit or paged_adamw_8bit",
         launch="optimizer offload (cpu or nvme)",
         key="training.optim",
@@ -49,7 +31,7 @@ ROWS = (
         reason="DeepSpeed's CPU Adam keeps 32-bit states, and the 8-bit states live on the GPU",
         instead="use optim: adamw, or a launch file without optimizer offload (zero3.yaml)",
     ),
-    Row(
+    Incompatible(
         recipe="model.attn_implementation: flash_attention_2 or flash_attention_3",
         launch="CPU (use_cpu: true, or no GPU)",
         key="model.attn_implementation",
@@ -57,7 +39,7 @@ ROWS = (
         reason="flash attention is a GPU kernel",
         instead="use attn_implementation: auto or sdpa",
     ),
-    Row(
+    Incompatible(
         recipe="model.attn_implementation: flex_attention",
         launch="CPU (use_cpu: true, or no GPU)",
         key="model.attn_implementation",
@@ -65,7 +47,7 @@ ROWS = (
         reason="flex attention has no backward on the CPU",
         instead="use attn_implementation: auto or sdpa",
     ),
-    Row(
+    Incompatible(
         recipe="model.attn_implementation: flash_attention_2 or flash_attention_3",
         launch="mixed_precision: 'no'",
         key="model.attn_implementation",
@@ -75,7 +57,7 @@ ROWS = (
         reason="flash attention computes in 16 bits only",
         instead="use mixed_precision: bf16 in the launch file, or attn_implementation: sdpa",
     ),
-    Row(
+    Incompatible(
         recipe="lora with model.dtype: float16",
         launch="mixed_precision: 'no'",
         key="model.dtype",
@@ -85,18 +67,18 @@ ROWS = (
         reason="a float16 base then computes in float16 without a loss scaler, and small gradients vanish",
         instead="use model.dtype: bfloat16 or float32, or mixed_precision: bf16 in the launch file",
     ),
-    Row(
+    Incompatible(
         recipe="any recipe",
         launch="mixed_precision: fp16 on the CPU",
         key=None,
         holds=lambda recipe, strategy: strategy.mixed_precision == "fp16" and strategy.use_cpu,
-        reason=NO_LOSS_SCALER,
+        reason="fp16 needs a loss scaler, which does not run on the CPU",
         instead="use mixed_precision: bf16, or 'no' with quotes",
     ),
 )
 
 
-def met(recipe: Recipe, strategy: Strategy) -> list[Row]:
+def met(recipe: Recipe, strategy: Strategy) -> list[Incompatible]:
     """The rows that this recipe and this launch meet; none when they go together."""
     return [row for row in ROWS if row.holds(recipe, strategy)]
 
@@ -106,18 +88,12 @@ def refusals(loaded: Loaded, strategy: Strategy) -> list[str]:
     return [_sentence(row, loaded, strategy) for row in met(loaded.recipe, strategy)]
 
 
-def check(loaded: Loaded, strategy: Strategy) -> None:
-    """Raises UserError with every refusal."""
-    if problems := refusals(loaded, strategy):
-        raise UserError(problems)
-
-
-def _sentence(row: Row, loaded: Loaded, strategy: Strategy) -> str:
+def _sentence(row: Incompatible, loaded: Loaded, strategy: Strategy) -> str:
     if row.key is None:
         return f"{strategy.source}: {row.launch}: {row.reason}. {row.instead.capitalize()}."
     value = value_of(loaded.recipe, row.key)
     return (
-        f"{loaded.where(row.key)}: {row.key} is {value}, which does not go with {row.launch} ({strategy.source}):"
+        f"{loaded.where(row.key)}: {row.key} is {value}, which is not supported with {row.launch} ({strategy.source}):"
         f" {row.reason}. {row.instead[0].upper()}{row.instead[1:]}."
     )
 
@@ -125,6 +101,5 @@ def _sentence(row: Row, loaded: Loaded, strategy: Strategy) -> str:
 def table() -> str:
     """The table as Markdown."""
     lines = ["| recipe | launch file | why not | instead |", "|---|---|---|---|"]
-    lines += [f"| {row.recipe} | any | {row.reason} | {row.instead} |" for row in RECIPE_ROWS]
-    lines += [f"| {row.recipe} | {row.launch} | {row.reason} | {row.instead} |" for row in ROWS]
+    lines += [f"| {row.recipe} | {row.launch} | {row.reason} | {row.instead} |" for row in (*RECIPE_ROWS, *ROWS)]
     return "\n".join(lines) + "\n"

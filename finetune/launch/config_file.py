@@ -1,4 +1,4 @@
-"""Reads an accelerate launch file as accelerate would, and refuses what it would misread, ignore or crash on."""
+"""An accelerate launch file becomes a Strategy; what accelerate would misread, ignore or crash on is refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.launch.strategy import Strategy
 from finetune.recipe.foreign_keys import NO_ZENFLOW
 from finetune.recipe.strict_yaml import Document, KeyPath, dotted, parse
 from finetune.recipe.suggest import closest
@@ -97,6 +98,68 @@ class LaunchFile:
         """Raises UserError with everything refused so far, in the order of the file."""
         if self.problems:
             raise UserError([message for _, message in sorted(self.problems, key=lambda problem: problem[0])])
+
+
+def read_launch_file(path: str | os.PathLike[str]) -> Strategy:
+    """What `accelerate launch --config_file path` would start.
+
+    Raises UserError with every problem and its line: unknown keys, an unquoted `mixed_precision: no`, ranks that would
+    not start, offload that the ZeRO stage does not have.
+    """
+    file = LaunchFile(path)
+    check_keys(file)
+    if file.values.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
+        file.refuse("compute_environment", "compute_environment must be LOCAL_MACHINE.")
+    precision = _precision(file)
+    use_cpu = file.flag("use_cpu")
+    kind = _kind(file)
+    ranks = file.count("num_processes", 1 if kind == "NO" else None)
+    machines = file.count("num_machines", 1)
+    check_ranks(file, kind, ranks, machines, use_cpu)
+    if kind != "DEEPSPEED":
+        if file.deepspeed:
+            file.refuse("deepspeed_config", f"deepspeed_config is ignored with distributed_type {kind}; remove it.")
+        file.finish()
+        engine = "ddp" if ranks > 1 else "single"
+        return Strategy(file.name, engine, ranks, machines, precision, use_cpu)
+    stage = file.deepspeed.get("zero_stage", 2)
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
+        where = ("deepspeed_config", "zero_stage")
+        file.refuse(where, f"deepspeed_config.zero_stage is {stage!r}; it must be 1, 2 or 3.")
+        stage = 3
+    optimizer, param, folder = offload(file, stage)
+    steps = file.knob("gradient_accumulation_steps", (int,))
+    clipping = file.knob("gradient_clipping", (int, float))
+    file.finish()
+    return Strategy(
+        file.name, "deepspeed", ranks, machines, precision, use_cpu, stage, optimizer, param, folder, steps, clipping
+    )
+
+
+def _precision(file: LaunchFile) -> str:
+    if file.values.get("mixed_precision") is False:
+        # YAML 1.1 reads an unquoted no as False, and accelerate crashes on it
+        file.refuse("mixed_precision", "mixed_precision: no is read as false; write 'no' with quotes.")
+        return "no"
+    if file.values.get("mixed_precision") is None:
+        return "no"
+    return file.choice(("mixed_precision",), "no", PRECISIONS)
+
+
+def _kind(file: LaunchFile) -> str:
+    """The file's distributed_type; the types that start one rank whatever num_processes says get their own advice."""
+    kind = file.values.get("distributed_type")
+    if kind == "MULTI_CPU":
+        better = "MULTI_GPU with use_cpu: true, as accelerate_configs/cpu_2_ranks.yaml does"
+        file.refuse("distributed_type", f"distributed_type MULTI_CPU starts one process, always. Use {better}.")
+        return "MULTI_GPU"
+    if kind is False:  # YAML 1.1 again
+        file.refuse("distributed_type", "distributed_type: NO is read as false; write 'NO' with quotes.")
+        return "NO"
+    if "distributed_type" not in file.values:
+        file.refuse("distributed_type", f"distributed_type is missing; it must be {', '.join(DISTRIBUTED)}.")
+        return "NO"
+    return file.choice(("distributed_type",), "MULTI_GPU", DISTRIBUTED, " See accelerate_configs/ for examples.")
 
 
 def check_keys(file: LaunchFile) -> None:

@@ -6,7 +6,19 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
+from finetune.errors import UserError
+from finetune.launch.config_file import read_launch_file
+from finetune.launch.strategy import Strategy
+
 REQUESTED_VARIABLE = "FINETUNE_REQUESTED_PROCESSES"
+GENERATIONS = 4  # launcher -> agent -> shell -> rank is the longest chain seen
+HOW_TO_START_RANKS = (
+    "`accelerate launch --cpu` starts one process whatever --num_processes says. For two ranks on the CPU use"
+    " --config_file accelerate_configs/cpu_2_ranks.yaml, or `python -m torch.distributed.run --nproc_per_node 2`; for"
+    " GPUs accelerate_configs/multi_gpu.yaml."
+)
 
 # Options without a value: everything else that starts with a dash takes the next argument, unless written --key=value.
 _FLAGS = frozenset(
@@ -21,6 +33,49 @@ _ACCELERATE_SCRIPTS = frozenset({"accelerate-launch", "accelerate-launch.exe"})
 _ACCELERATE_MODULES = frozenset({"accelerate.commands.launch", "finetune.launch.accelerate_launch"})
 _TORCH_SCRIPTS = frozenset({"torchrun", "torchrun.exe"})
 _TORCH_MODULES = frozenset({"torch.distributed.run", "torch.distributed.launch"})
+
+
+def launched_by() -> tuple[int | None, str | None]:
+    """(ranks asked for, launch file), each None when nobody said: from the nearest parent that is a launcher.
+
+    accelerate starts one process for `--cpu --num_processes 2` without a word; only its own command line knows.
+    """
+    parents, process = [], psutil.Process()
+    for _ in range(GENERATIONS):
+        try:
+            process = process.parent()
+            if process is None:
+                break
+            parents.append((process.cmdline(), process.cwd()))
+        except psutil.Error:
+            break
+    return asked(parents, os.environ)
+
+
+def check_ranks_asked_for(strategy: Strategy, ranks_asked: int | None) -> None:
+    """Raises UserError when the launcher started another number of ranks than it was asked for."""
+    if ranks_asked not in (None, strategy.ranks):
+        found = "one process was" if strategy.ranks == 1 else f"{strategy.ranks} processes were"
+        raise UserError(f"launch: {ranks_asked} processes were asked for, but {found} started. {HOW_TO_START_RANKS}")
+
+
+def asked(parents: Sequence[tuple[Sequence[str], str]], environ: Mapping[str, str]) -> tuple[int | None, str | None]:
+    """(ranks, launch file) that the nearest launcher among `parents` was asked for; None for what nobody said.
+
+    `parents` are the parent processes, nearest first, each as (command line, working directory). Raises UserError for
+    a launch file that accelerate would misread, for instance one that starts fewer ranks than it says.
+    """
+    for argv, folder in parents:
+        if is_launcher(argv):
+            ranks, config_file = requested(argv, environ)
+            if config_file is not None:
+                config_file = os.path.join(folder, config_file)
+            elif uses_default_config(argv):
+                config_file = default_config_file(environ)
+            if ranks is None and config_file is not None:
+                ranks = read_launch_file(config_file).ranks
+            return ranks, config_file
+    return requested((), environ)
 
 
 def is_launcher(argv: Sequence[str]) -> bool:

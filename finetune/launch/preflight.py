@@ -6,16 +6,16 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from finetune.batching.learning_rate import batch_schedule, lr_scaling
-from finetune.batching.windows import BatchPlan, plan_batch
+from finetune.batching.batch_size import batch_schedule
+from finetune.batching.learning_rate import lr_scaling
+from finetune.batching.plan import BatchPlan, derive_batch
 from finetune.errors import UserError
 from finetune.launch import compatibility
-from finetune.launch import strategy as launch
-from finetune.launch.strategy import Strategy
-from finetune.recipe import load as recipe
-from finetune.recipe.load import Loaded
+from finetune.launch.config_file import read_launch_file
+from finetune.launch.strategy import Strategy, one_process
+from finetune.recipe.load import Loaded, load_recipe
 
 T = TypeVar("T")
 MANY_MICRO_BATCHES = 16  # K above this without clipping is warned about
@@ -34,8 +34,8 @@ class Settled:
 def first_stage(recipe_path: str, overrides: Sequence[str], launch_file: str | None) -> Settled:
     """Read recipe and launch file (None: one process) and settle them. Raises UserError with all problems of both."""
     problems: list[str] = []
-    loaded = collect(problems, lambda: recipe.load(recipe_path, overrides))
-    strategy = collect(problems, lambda: launch.read(launch_file) if launch_file else launch.one_process())
+    loaded = collect(problems, lambda: load_recipe(recipe_path, overrides))
+    strategy = collect(problems, lambda: read_launch_file(launch_file) if launch_file else one_process())
     if loaded is None or strategy is None:
         raise UserError(problems)
     return settle(loaded, strategy)
@@ -127,3 +127,42 @@ def collect(problems: list[str], read: Callable[[], T]) -> T | None:
     except UserError as error:
         problems += error.messages
         return None
+
+
+def plan_batch(loaded: Loaded, strategy: Strategy) -> tuple[BatchPlan, float]:
+    """Batch arithmetic and max_grad_norm of a recipe under a launch. Raises UserError where they do not fit
+    together.
+    """
+    steps, max_grad_norm = merge_knobs(loaded, strategy)
+    training = loaded.recipe.training
+    global_batch, per_device = training.global_batch_size, training.per_device_train_batch_size
+    return derive_batch(global_batch, per_device, steps, strategy.data_ranks, loaded.where), max_grad_norm
+
+
+def merge_knobs(loaded: Loaded, strategy: Strategy) -> tuple[int | Literal["auto"], float]:
+    """(gradient_accumulation_steps, max_grad_norm) after the one-owner rule.
+
+    The launch configuration fills what the recipe leaves open (`auto`, or a max_grad_norm it does not give). Raises
+    UserError naming both values where both give one and they differ.
+    """
+    training = loaded.recipe.training
+    ours = {key: getattr(training, key) for key in ("gradient_accumulation_steps", "max_grad_norm")}
+    theirs = {
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", strategy.gradient_accumulation_steps),
+        "max_grad_norm": ("gradient_clipping", strategy.gradient_clipping),
+    }
+    problems = []
+    for key, (name, value) in theirs.items():
+        full = f"training.{key}"
+        if value is None:
+            continue
+        if ours[key] == "auto" or not loaded.is_set(full):
+            ours[key] = value
+        elif ours[key] != value:
+            problems.append(
+                f"{loaded.where(full)}: {full} is {ours[key]:g}, but the launch configuration ({strategy.source}) says"
+                f" {name} {value:g}. The recipe owns it: remove it from the launch configuration, or make them equal."
+            )
+    if problems:
+        raise UserError(problems)
+    return ours["gradient_accumulation_steps"], ours["max_grad_norm"]

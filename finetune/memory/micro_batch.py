@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from finetune.batching.windows import BatchPlan
+from finetune.batching.plan import BatchPlan
 from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.errors import UserError
 from finetune.launch.preflight import Settled, fewest_rows
@@ -16,7 +16,7 @@ from finetune.memory.trace import Shape
 from finetune.model.load import ModelFacts
 from finetune.process.host_memory import host_memory
 from finetune.recipe.sizes import parse_bytes
-from finetune.report.console import human_bytes
+from finetune.report.text import human_bytes
 
 DEVICE_MARGIN, HOST_MARGIN = 0.05, 0.15  # of what the machine has, left free when training.device_memory is auto
 KEY = "training.device_memory"

@@ -17,7 +17,8 @@ from finetune.memory.estimate import HOST_LIBRARIES_BYTES, Estimate, Range, esti
 from finetune.memory.micro_batch import largest_that_fits, micro_batches, needed_bytes
 from finetune.memory.trace import Shape
 from finetune.model.load import ModelFacts
-from finetune.recipe.load import Loaded, LoraSection
+from finetune.recipe.fields import LoraSection
+from finetune.recipe.load import Loaded
 
 # What accelerate_configs/ holds, by (engine, ZeRO stage, optimizer, parameters); tests/commands/test_plan.py reads the
 # files.

@@ -23,13 +23,6 @@ REPORT_FILE = (  # environment variable: where a launched command leaves what it
 INTERRUPTED = 130  # Ctrl-C: the shell's own convention, 128 + SIGINT
 
 
-def is_launched() -> bool:
-    """Whether this process was started by accelerate or torchrun as one rank of a launch."""
-    # accelerate sets the second for every script; people set other ACCELERATE_* variables, such as the log level,
-    # themselves
-    return "LOCAL_RANK" in os.environ or "ACCELERATE_DYNAMO_BACKEND" in os.environ
-
-
 def guarded(body: Callable[[], None]) -> int:
     """Run `body`; returns the exit status. An expected end prints its message last; anything else keeps its
     traceback.

@@ -13,36 +13,12 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.recipe.fields import (
     EXCLUSIVE,
-    AccumulationSection,
-    CheckpointSection,
-    DataSection,
-    EvaluationSection,
-    LoggingSection,
-    LoraSection,
-    ModelSection,
     Recipe,
-    SourceSection,
-    TrainingSection,
 )
 from finetune.recipe.include import MAX_FILES, Place, read_merged
 from finetune.recipe.strict_yaml import KeyPath, dotted, dump, key_path, parse
 from finetune.recipe.validate import check, lookup, show
 from finetune.report import redact
-
-__all__ = [
-    "AccumulationSection",
-    "CheckpointSection",
-    "DataSection",
-    "EvaluationSection",
-    "Loaded",
-    "LoggingSection",
-    "LoraSection",
-    "ModelSection",
-    "Recipe",
-    "SourceSection",
-    "TrainingSection",
-    "load",
-]
 
 COMMAND_LINE = "command line"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?$")
@@ -114,7 +90,7 @@ def load_resolved(path: Path) -> Loaded:
     return Loaded(recipe, path.absolute(), str(path), document.value, {}, frozenset())
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
     """Reads the recipe at `path` with what it includes, then `section.key=value` overrides.
 
     Paths in the file are sought in the recipe's folder, then in the working directory; in overrides the other way

@@ -11,14 +11,18 @@ from finetune.recipe.fields import Recipe
 
 
 @dataclass(frozen=True)
-class RecipeRow:
-    """A combination that is refused. `key` is where the message points to."""
+class Incompatible:
+    """Settings that are refused together; a line of docs/compatibility.md.
 
-    recipe: str  # the combination in words
-    key: str
-    holds: Callable[[Recipe], bool]
+    `holds` takes the recipe, and the strategy too where the launch file is part of it (finetune/launch/compatibility.py).
+    """
+
+    recipe: str  # the recipe's part, in words
+    key: str | None  # the recipe key that the message points to; None: the launch file alone is wrong
+    holds: Callable[..., bool]
     reason: str
     instead: str
+    launch: str = "any"  # the launch file's part, in words
 
 
 def _rise_to_one(shares: list[float]) -> bool:
@@ -26,21 +30,21 @@ def _rise_to_one(shares: list[float]) -> bool:
 
 
 RECIPE_ROWS = (
-    RecipeRow(
+    Incompatible(
         recipe="model.load_in_4bit: true without a lora section",
         key="model.load_in_4bit",
         holds=lambda recipe: recipe.model.load_in_4bit and recipe.lora is None,
         reason="4-bit weights cannot be trained",
         instead="add a lora section (QLoRA), or leave load_in_4bit out",
     ),
-    RecipeRow(
+    Incompatible(
         recipe="training.lr_scaling: sqrt or linear without training.reference_batch_size",
         key="training.lr_scaling",
         holds=lambda recipe: recipe.training.lr_scaling != "none" and recipe.training.reference_batch_size is None,
         reason="nothing says which batch the learning rate was chosen for",
         instead="add training.reference_batch_size, the rows per optimizer step that learning_rate belongs to",
     ),
-    RecipeRow(
+    Incompatible(
         recipe="training.reference_batch_size without training.lr_scaling",
         key="training.reference_batch_size",
         holds=lambda recipe: (
@@ -49,7 +53,7 @@ RECIPE_ROWS = (
         reason="it does nothing without training.lr_scaling",
         instead="add lr_scaling: sqrt or linear, or leave reference_batch_size out",
     ),
-    RecipeRow(
+    Incompatible(
         recipe="accumulation.warmup whose shares of the run do not rise to 1",
         key="accumulation.warmup",
         holds=lambda recipe: (
@@ -58,14 +62,14 @@ RECIPE_ROWS = (
         reason="the first numbers of the pairs are shares of the run: they must rise, and the last one is 1.0",
         instead="write for example [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]",
     ),
-    RecipeRow(
+    Incompatible(
         recipe="accumulation.warmup as one K per epoch with training.max_steps",
         key="accumulation.warmup",
         holds=lambda recipe: recipe.accumulation.by_epoch and recipe.training.num_train_epochs is None,
         reason="with training.max_steps nothing says when an epoch ends",
         instead="use num_train_epochs, or pairs such as [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]",
     ),
-    RecipeRow(
+    Incompatible(
         recipe="accumulation.warmup without accumulation.schedule",
         key="accumulation.warmup",
         holds=lambda recipe: (
@@ -75,7 +79,7 @@ RECIPE_ROWS = (
         instead="add schedule: warmup, or leave it out",
     ),
     *(
-        RecipeRow(
+        Incompatible(
             recipe=f"accumulation.{name} without accumulation.schedule",
             key=f"accumulation.{name}",
             holds=lambda recipe, name=name: (
@@ -86,7 +90,7 @@ RECIPE_ROWS = (
         )
         for name in ("smallest", "largest", "measure_every")
     ),
-    RecipeRow(
+    Incompatible(
         recipe="schedule: adaptive whose smallest and largest leave one size",
         key="accumulation.smallest",
         holds=lambda recipe: (

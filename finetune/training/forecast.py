@@ -10,7 +10,7 @@ from finetune.errors import UserError
 from finetune.memory.estimate import Estimate
 from finetune.memory.trace import Shape
 from finetune.recipe.load import Loaded
-from finetune.report.console import human_bytes
+from finetune.report.text import human_bytes
 
 # What a trainer's process takes from the forecast to its steps beside tensors: libraries that are imported by then,
 # kernels' own memory. Medians of docs/benchmarks/memory.md's runs without it, on Linux and the CPU; a GPU's driver

@@ -9,14 +9,14 @@ from itertools import zip_longest
 
 from torch import Tensor
 
-from finetune.batching.learning_rate import Schedule, batch_schedule, lr_scaling, warmup_steps_of
+from finetune.batching.batch_size import batch_schedule
+from finetune.batching.layout import largest_micro_batches, split_into_micro_batches
+from finetune.batching.learning_rate import Schedule, lr_scaling, warmup_steps_of
+from finetune.batching.plan import BatchPlan
 from finetune.batching.windows import (
-    BatchPlan,
     Position,
     Window,
-    deal,
     epoch_rows,
-    largest_micro_batches,
     next_window,
     planned_windows,
     row_order,
@@ -117,7 +117,7 @@ class Job:
 
     def share(self, window: Window) -> list[tuple[int, ...]]:
         """The rows of this rank's micro-batches of a window."""
-        return deal(window.rows, self.engine.ranks, self.batch.per_device_rows)[self.engine.rank]
+        return split_into_micro_batches(window.rows, self.engine.ranks, self.batch.per_device_rows)[self.engine.rank]
 
     def collate(self, source: TokenRows | StreamRows, rows: tuple[int, ...]) -> dict[str, Tensor]:
         """One micro-batch (rows, tokens) of these rows of a source; an empty one for no rows."""

@@ -14,7 +14,7 @@ from finetune.engine.devices import device_limit_bytes, empty_cache, has_acceler
 from finetune.engine.memory_use import is_out_of_memory
 from finetune.errors import OutOfMemory
 from finetune.memory.micro_batch import KEY, next_smaller
-from finetune.report.console import human_bytes
+from finetune.report.text import human_bytes
 from finetune.training.job import Plan, assemble
 from finetune.training.one_batch_reference import accumulate
 

@@ -11,7 +11,7 @@ from finetune.data.collate import collate
 from finetune.data.token_cache import Row
 from finetune.engine.engine import Engine
 from finetune.engine.optim import make_optimizer
-from finetune.launch import strategy as launch
+from finetune.launch.strategy import one_process
 from finetune.model import load as model
 from finetune.objectives.sft import sft_loss, trained_tokens
 from finetune.recipe.load import Loaded
@@ -38,8 +38,8 @@ class Reference:
 
     def __init__(self, loaded: Loaded, facts: model.ModelFacts, padding: int = 0):
         """Build it before any DeepSpeed engine starts, or after unset_hf_deepspeed_config(): else ZeRO-3 shards it."""
-        self.network = model.load_model(loaded, launch.one_process(), facts, torch.device("cpu"))
-        self.optimizer = make_optimizer(self.network, loaded.recipe, launch.one_process())
+        self.network = model.load_model(loaded, one_process(), facts, torch.device("cpu"))
+        self.optimizer = make_optimizer(self.network, loaded.recipe, one_process())
         self.limit, self.padding = loaded.recipe.training.max_grad_norm, padding
 
     def state(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from finetune.engine.memory_use import holdings, is_out_of_memory, of_the_device
 from finetune.errors import OutOfMemory
 from finetune.process import heartbeat
 from finetune.process.host_memory import host_memory
-from finetune.report.console import human_bytes
+from finetune.report.text import human_bytes
 from finetune.training.job import Plan
 
 # of the memory: what parameters, gradients and optimizer states take for a smaller micro-batch to be no help

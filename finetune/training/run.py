@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.errors import StopRequested, UserError
-from finetune.launch import strategy as launch
-from finetune.launch.parents import check_ranks_asked_for, launched_by
+from finetune.launch.environment import from_environment, is_launched
+from finetune.launch.launcher_command import check_ranks_asked_for, launched_by
 from finetune.launch.preflight import advice, batch_line, learning_rate_line, settle
 from finetune.launch.strategy import Strategy
 from finetune.process import exit_status
-from finetune.process.exit_status import guarded, is_launched
+from finetune.process.exit_status import guarded
 from finetune.process.heartbeat import at
 from finetune.process.run_lock import acquire
 from finetune.process.stop_signals import STOP_FILE, follow_launcher, listening
 from finetune.process.watchdog import watching
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from finetune.report import redact
 from finetune.report.output_folder import refuse_links_out
 
@@ -51,9 +51,9 @@ def run_rank(argv: Sequence[str]) -> None:
 
 def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     """Train in this process, one of the ranks of a launch (or alone). Raises FinetuneError for every expected end."""
-    loaded = recipe.load(recipe_path, overrides)
+    loaded = load_recipe(recipe_path, overrides)
     ranks_asked, launch_file = launched_by()
-    strategy = launch.from_environment(os.environ, launch_file)
+    strategy = from_environment(os.environ, launch_file)
     check_ranks_asked_for(strategy, ranks_asked)
     if is_launched():
         follow_launcher()
@@ -309,7 +309,7 @@ def _describe(console, job, output_dir: Path, expectation: str) -> None:
 
 
 def _summarise(console, summary: dict, output_dir: Path, memory: dict[str, str]) -> None:
-    from finetune.report.console import human_seconds
+    from finetune.report.text import human_seconds
 
     rows = {
         "steps": (

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from finetune.batching import noise_scale
+from finetune.batching.layout import split_into_micro_batches
 from finetune.batching.noise_scale import NoiseState
-from finetune.batching.windows import Position, Window, deal
+from finetune.batching.windows import Position, Window
 from finetune.engine.gradient_norms import GradientWatch
 from finetune.errors import Diverged
 from finetune.objectives.sft import trained_tokens
@@ -145,7 +146,9 @@ def evaluate(job: Job) -> float:
     summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     tokens = 0
     with engine.evaluating():
-        for rows in deal(range(len(job.evaluation_rows)), engine.ranks, job.batch.per_device_rows)[engine.rank]:
+        for rows in split_into_micro_batches(range(len(job.evaluation_rows)), engine.ranks, job.batch.per_device_rows)[
+            engine.rank
+        ]:
             # padded with empty micro-batches to the same number per rank
             batch = job.collate(job.evaluation_rows, rows)
             at("evaluation", rows, batch["input_ids"].shape)

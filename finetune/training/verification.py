@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.errors import Diverged, UserError
-from finetune.launch import strategy as launch
-from finetune.launch.parents import check_ranks_asked_for, launched_by
+from finetune.launch.environment import from_environment
+from finetune.launch.launcher_command import check_ranks_asked_for, launched_by
 from finetune.launch.preflight import Settled, settle
+from finetune.launch.strategy import Strategy
 from finetune.process.exit_status import REPORT_FILE
-from finetune.recipe import load as recipe
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import Loaded, load_recipe
 
 MOST_MICRO_BATCHES = 8  # of the configured window, without --full
 SHORT_ROW_TOKENS = 256  # rows are cut to this, without --full
@@ -57,9 +57,9 @@ def verify(recipe_path: str, overrides: Sequence[str], full: bool, as_json: bool
     """
     stdout = os.dup(1)
     os.dup2(2, 1)  # DeepSpeed and the compilers print to stdout, on every rank
-    loaded = recipe.load(recipe_path, overrides)
+    loaded = load_recipe(recipe_path, overrides)
     ranks_asked, launch_file = launched_by()
-    strategy = launch.from_environment(os.environ, launch_file)
+    strategy = from_environment(os.environ, launch_file)
     check_ranks_asked_for(strategy, ranks_asked)
     settled = settle(loaded, strategy)
     from finetune.engine.devices import prepare_libraries
@@ -99,7 +99,7 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
         shrink(loaded, folder, max_token_id + 1)
         changes += [f"model.name_or_path={folder}", "model.revision=main"]
     ours = {change.partition("=")[0] for change in changes}  # a key may be given once
-    small = recipe.load(recipe_path, [o for o in overrides if o.partition("=")[0] not in ours] + changes)
+    small = load_recipe(recipe_path, [o for o in overrides if o.partition("=")[0] not in ours] + changes)
     facts = model.facts(small)
     facts = dataclasses.replace(
         facts, vocabulary=model.needed_vocabulary(small, strategy, facts, tokenizer, max_token_id)
@@ -152,11 +152,11 @@ def _windows(unit: int, steps: int) -> list[tuple[str, int]]:
 
 def _case(engine, reference, name: str, rows: list, per_device_rows: int, padding: int) -> Case | None:
     """One window through the engine; on rank 0 (with the reference) the case, None elsewhere. A collective."""
-    from finetune.batching.windows import deal
+    from finetune.batching.layout import split_into_micro_batches
     from finetune.data.collate import collate
     from finetune.training.one_batch_reference import accumulate, change, norm, relative
 
-    share = deal(range(len(rows)), engine.ranks, per_device_rows)[engine.rank]
+    share = split_into_micro_batches(range(len(rows)), engine.ranks, per_device_rows)[engine.rank]
     share += [()] * name.startswith("empty")  # also where one rank would have none
     before = engine.gather_state(only_trained=True)
     accumulate(engine, [collate([rows[i] for i in part], padding) for part in share])
@@ -241,7 +241,7 @@ def table(report: dict) -> str:
     scale = report["scale"]
     lines = [
         (
-            f"{report['model']} on {describe_strategy(launch.Strategy(**report['strategy']))}: accumulated against one"
+            f"{report['model']} on {describe_strategy(Strategy(**report['strategy']))}: accumulated against one"
             " float32 batch"
         ),
         (

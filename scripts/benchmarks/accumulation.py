@@ -29,9 +29,10 @@ from torch import Tensor
 
 from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
-from finetune.launch import strategy as launch
-from finetune.launch.parents import launched_by
+from finetune.launch.environment import from_environment
+from finetune.launch.launcher_command import launched_by
 from finetune.launch.start import free_port
+from finetune.launch.strategy import one_process
 from finetune.objectives.sft import SummedLoss, sft_loss, trained_tokens
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -88,7 +89,7 @@ def memory(rows: int = 8, tokens: int = 512) -> list[dict]:
             model = make_model(MIDDLE)
             if checkpointing:
                 model.gradient_checkpointing_enable()
-            engine = backend.start(launch.one_process(use_cpu=True), steps, per_micro_batch, 1.0)
+            engine = backend.start(one_process(use_cpu=True), steps, per_micro_batch, 1.0)
             engine.prepare(SummedLoss(model.train()), torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False))
             tracker = MemTracker()
             tracker.track_external(model, engine.optimizer.optimizer)
@@ -178,10 +179,11 @@ def chats() -> dict:
     """The same error on the quick start's chats, as its recipe cuts them into windows; an untrained model of its
     shape.
     """
-    from finetune.batching.windows import Position, deal, next_window
+    from finetune.batching.layout import split_into_micro_batches
+    from finetune.batching.windows import Position, next_window
     from finetune.data.collate import collate
     from finetune.model import load as model
-    from finetune.recipe import load as recipe
+    from finetune.recipe.load import load_recipe
     from finetune.training.job import prepare_plan
 
     with tempfile.TemporaryDirectory() as folder:
@@ -189,14 +191,14 @@ def chats() -> dict:
         subprocess.run(
             [sys.executable, "-m", "scripts.quickstart.tiny_model", "--output", base, "--untrained-only"], check=True
         )
-        loaded = recipe.load(REPOSITORY / "recipes/quickstart/sft.yaml", [f"model.name_or_path={base}-init"])
-        plan = prepare_plan(loaded, launch.one_process(use_cpu=True), print)
+        loaded = load_recipe(REPOSITORY / "recipes/quickstart/sft.yaml", [f"model.name_or_path={base}-init"])
+        plan = prepare_plan(loaded, one_process(use_cpu=True), print)
         network = model.load_model(loaded, plan.strategy, plan.facts, torch.device("cpu"))
         errors, counts, position = [], [], Position()
         for _ in range(20):
             window = next_window(position, len(plan.data.train), plan.batch.global_batch_rows, 42)
             position = position.after(window, True)
-            parts = deal(window.rows, 1, plan.batch.per_device_rows)[0]
+            parts = split_into_micro_batches(window.rows, 1, plan.batch.per_device_rows)[0]
             batches = [collate([plan.data.train.row(i) for i in part], 0) for part in parts]
             tokens = [trained_tokens(b) for b in batches]
             counts += [int((row[1:] != -100).sum()) for b in batches for row in b["labels"]]
@@ -239,7 +241,7 @@ class Timing:
 def timed_windows(out: Path, timing: Timing) -> None:
     """Inside a launch: seconds per window for several K with one micro-batch size, interleaved; rank 0 writes `out`."""
     prepare_libraries()
-    strategy = launch.from_environment(os.environ, launched_by()[1])
+    strategy = from_environment(os.environ, launched_by()[1])
     engine = backend.start(strategy, max(timing.steps), timing.rows, 1.0, lambda line: print(line, file=sys.stderr))
     from finetune.engine.kernels import OptimizerSettings, build_optimizer
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune.batching.windows import deal
+from finetune.batching.layout import split_into_micro_batches
 from finetune.data.collate import collate
 from finetune.data.token_cache import Row
 from finetune.engine import engine as backend
@@ -26,12 +26,12 @@ from finetune.engine.engine import Engine
 from finetune.engine.optim import make_optimizer
 from finetune.engine.scale_check import check_scale
 from finetune.errors import Diverged, UserError
-from finetune.launch import strategy as launch
-from finetune.launch.parents import launched_by
+from finetune.launch.environment import from_environment
+from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss
 from finetune.process.exit_status import REPORT_FILE
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from finetune.training import verification
 from finetune.training.one_batch_reference import Reference, accumulate, relative
 
@@ -73,7 +73,7 @@ def accumulated(recipe_path: str, strategy, micro_step) -> dict:
     """
     from transformers.integrations import unset_hf_deepspeed_config
 
-    loaded = recipe.load(recipe_path, ADAMW)
+    loaded = load_recipe(recipe_path, ADAMW)
     facts = model.facts(loaded)
     rows = ragged_rows(WINDOW_ROWS * WINDOWS, facts.vocabulary)
     parts = [rows[i * WINDOW_ROWS : (i + 1) * WINDOW_ROWS] for i in range(WINDOWS)]
@@ -84,7 +84,7 @@ def accumulated(recipe_path: str, strategy, micro_step) -> dict:
     Engine.micro_step = micro_step
     try:
         for part in parts:
-            share = deal(range(WINDOW_ROWS), engine.ranks, PER_DEVICE_ROWS)[engine.rank]
+            share = split_into_micro_batches(range(WINDOW_ROWS), engine.ranks, PER_DEVICE_ROWS)[engine.rank]
             accumulate(engine, [collate([part[i] for i in micro_batch], 0) for micro_batch in share])
             norms.append(engine.grad_norm())
             states.append(engine.gather_state(only_trained=True))
@@ -146,7 +146,7 @@ def main() -> None:
     recipe_path, out = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     prepare_libraries()
-    strategy = launch.from_environment(os.environ, launched_by()[1])
+    strategy = from_environment(os.environ, launched_by()[1])
     import deepspeed
 
     found = {"deepspeed": deepspeed.__version__, "file": deepspeed.__file__}

@@ -35,8 +35,8 @@ from finetune.checkpoint import snapshots
 from finetune.engine.devices import stale_compile_locks
 from finetune.errors import UserError
 from finetune.launch import compatibility
-from finetune.launch import strategy as launch
-from finetune.recipe import load as recipe
+from finetune.launch.config_file import read_launch_file
+from finetune.recipe.load import load_recipe
 from tests.support import kill_points
 from tests.support.launch import TRAIN, accelerate, environment, launch_file
 from tests.support.resume_table import KILLED, OFFLOAD, cross, differences, logged, overrides_of
@@ -309,7 +309,7 @@ def stop_cleanly(bench: Bench, kind: str) -> dict:
 def refused(run, recipe_path: Path, overrides: list[str], file: Path) -> str:
     """Why this combination cannot be trained, or "": the recipe's own words."""
     try:
-        loaded, strategy = recipe.load(recipe_path, overrides), launch.read(file)
+        loaded, strategy = load_recipe(recipe_path, overrides), read_launch_file(file)
         why = "; ".join(map(str, compatibility.refusals(loaded, strategy)))
     except UserError as error:
         why = str(error)

@@ -26,11 +26,11 @@ from finetune.data.collate import collate
 from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
-from finetune.launch import strategy as launch
-from finetune.launch.parents import launched_by
+from finetune.launch.environment import from_environment
+from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from finetune.training.one_batch_reference import Reference, accumulate, change, relative
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ def run(name: str, recipe_path: str, strategy) -> dict:
     ZenFlowZeroOptimizer._update_model_bit16_weights = DeepSpeedZeroOptimizer._update_model_bit16_weights
     if mended:
         mend_layout(ZenFlowZeroOptimizer)
-    loaded = recipe.load(recipe_path, SETTINGS)
+    loaded = load_recipe(recipe_path, SETTINGS)
     engine = backend.start(strategy, micro_batches, ROWS, 1.0)
     config = engine.accelerator.state.deepspeed_plugin.deepspeed_config
     if interval:
@@ -147,7 +147,7 @@ def child(recipe_path: str, out: str) -> None:
     """Under the launcher: every case of this version and stage."""
     torch.set_num_threads(1)
     prepare_libraries()
-    strategy = launch.from_environment(os.environ, launched_by()[1])
+    strategy = from_environment(os.environ, launched_by()[1])
     names = ["K = 2"] if strategy.zero_stage == 3 else list(CASES)
     if Version(importlib.metadata.version("deepspeed")) < Version("0.19.8"):  # what there is to mend came later
         names = ["without ZenFlow, K = 2", "K = 1", "K = 2"]

@@ -1,4 +1,4 @@
-"""Write docs/architecture.md: the prose of scripts/docs/architecture.md, and the rooms of finetune/ as the code has them.
+"""Write docs/architecture.md: the prose of scripts/docs/architecture.md, and the rooms as the code has them.
 
 python -m scripts.docs.architecture            writes it
 python -m scripts.docs.architecture --check    exits 1 when it is out of date (a test does the same)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.commands.plan import planned
-from finetune.report.console import human_bytes, human_seconds
+from finetune.report.text import human_bytes, human_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -122,8 +122,8 @@ the launch file (`--launch`), the model's config, the tokenizer, a sample of the
   working directory.
 - **`include: base.yaml`**, or a list: recipes to start from, merged in order, then this file. Sections are merged key by key;
   lists are replaced. Paths in an included file are relative to that file.
-- **One owner per knob.** Processes, machines, mixed precision, ZeRO and offload belong to the launch file. What does not go
-  together is in [compatibility.md](compatibility.md).
+- **One owner per knob.** Processes, machines, mixed precision, ZeRO and offload belong to the launch file. Settings
+  that exclude each other are in [compatibility.md](compatibility.md).
 - **In an editor**, the first line `# yaml-language-server: $schema=...` of the shipped recipes gives completion.
 """
 
@@ -151,7 +151,7 @@ def _foreign() -> str:
 def compatibility_page() -> str:
     """docs/compatibility.md."""
     return f"""\
-{HEADER}# What does not go together
+{HEADER}# Incompatible settings
 
 `finetune check`, `finetune train` and the trainer refuse these combinations of recipe and launch file before anything is
 loaded, with the reason and the nearest combination that works. Everything else is meant to work; that every shipped recipe

@@ -9,8 +9,11 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.batching.learning_rate import BatchSchedule, Schedule
-from finetune.batching.windows import BatchPlan, Position, deal, epoch_rows, next_window, planned_windows, row_order
+from finetune.batching.batch_size import BatchSchedule
+from finetune.batching.layout import split_into_micro_batches
+from finetune.batching.learning_rate import Schedule
+from finetune.batching.plan import BatchPlan
+from finetune.batching.windows import Position, epoch_rows, next_window, planned_windows, row_order
 
 SHARES = st.lists(st.integers(1, 99), max_size=4, unique=True).map(
     lambda found: [n / 100 for n in sorted(found)] + [1.0]
@@ -30,7 +33,7 @@ def test_ranks_slice_the_same_windows_whatever_the_schedule(shares, sizes, rows,
     while window := next_window(
         position, rows, schedule.batch_rows(position.step, position.applied_rows), SEED, epochs
     ):
-        shares_of_ranks = deal(window.rows, ranks, per_device)
+        shares_of_ranks = split_into_micro_batches(window.rows, ranks, per_device)
         assert {len(share) for share in shares_of_ranks} == {plan.steps(len(window.rows))}
         assert plan.steps(len(window.rows)) == math.ceil(len(window.rows) / (per_device * ranks))
         in_turn = [row for parts in zip(*shares_of_ranks, strict=True) for part in parts for row in part]
@@ -48,7 +51,10 @@ def test_ranks_slice_the_same_windows_whatever_the_schedule(shares, sizes, rows,
 def test_the_tokens_of_a_window_are_those_of_its_micro_batches(lengths, per_device, ranks):
     # (tokens, trained tokens) of each row; the window's denominator is a sum over ranks and micro-batches
     rows = [(length, min(length, trained)) for length, trained in lengths]
-    counted = [sum(rows[i][1] for part in share for i in part) for share in deal(range(len(rows)), ranks, per_device)]
+    counted = [
+        sum(rows[i][1] for part in share for i in part)
+        for share in split_into_micro_batches(range(len(rows)), ranks, per_device)
+    ]
     assert sum(counted) == sum(trained for _, trained in rows)
 
 

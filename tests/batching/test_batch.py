@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.batching.windows import BatchPlan, derive_batch
+from finetune.batching.plan import BatchPlan, derive_batch
 from finetune.errors import UserError
 
 SMALL = st.integers(1, 32)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.batching.learning_rate import BatchSchedule, LrScaling, Schedule, batch_schedule
+from finetune.batching.batch_size import BatchSchedule, batch_schedule
+from finetune.batching.learning_rate import LrScaling, Schedule
 from finetune.batching.noise_scale import FIRST_CHANGE, HYSTERESIS, NoiseMeasurement, NoiseState, adapt, measure
 from finetune.recipe.fields import AccumulationSection
 

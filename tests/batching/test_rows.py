@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.batching.learning_rate import BatchSchedule
-from finetune.batching.windows import Position, Window, deal, epoch_rows, next_window, planned_windows, row_order
+from finetune.batching.batch_size import BatchSchedule
+from finetune.batching.layout import split_into_micro_batches
+from finetune.batching.windows import Position, Window, epoch_rows, next_window, planned_windows, row_order
 
 ORDER_42_0 = [4, 1, 3, 6, 0, 7, 2, 5]
 ORDER_42_1 = [1, 2, 5, 3, 6, 0, 4, 7]
@@ -98,7 +99,7 @@ def test_a_fractional_epoch_takes_the_first_rows_of_that_epochs_order():
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 9))
 def test_deal_gives_every_row_to_one_rank_and_every_rank_equally_many_micro_batches(rows, ranks, per_device):
     window = list(range(1000, 1000 + rows))
-    shares = deal(window, ranks, per_device)
+    shares = split_into_micro_batches(window, ranks, per_device)
     assert len(shares) == ranks
     assert len({len(share) for share in shares}) == 1, "a rank with fewer micro-batches would leave the others waiting"
     assert sorted(r for share in shares for part in share for r in part) == window
@@ -112,7 +113,12 @@ def test_ranks_and_micro_batches_only_slice_a_window(rows, per_device):
 
     def groups(ranks: int) -> list[tuple[int, ...]]:
         """Non-empty micro-batches in the order in which the ranks take them side by side."""
-        return [part for parts in zip(*deal(window, ranks, per_device), strict=True) for part in parts if part]
+        return [
+            part
+            for parts in zip(*split_into_micro_batches(window, ranks, per_device), strict=True)
+            for part in parts
+            if part
+        ]
 
     assert groups(1) == groups(2) == groups(4) == groups(8)
     assert tuple(r for part in groups(4) for r in part) == window
@@ -120,10 +126,13 @@ def test_ranks_and_micro_batches_only_slice_a_window(rows, per_device):
 
 def test_one_rank_k8_two_ranks_k4_and_eight_ranks_k1_see_the_same_rows_per_window():
     for window in windows(100, 16, seed=42, epochs=2):
-        seen = [sorted(r for share in deal(window.rows, n, 2) for part in share for r in part) for n in (1, 2, 8)]
+        seen = [
+            sorted(r for share in split_into_micro_batches(window.rows, n, 2) for part in share for r in part)
+            for n in (1, 2, 8)
+        ]
         assert seen[0] == seen[1] == seen[2] == sorted(window.rows)
         if len(window.rows) == 16:
-            assert [len(deal(window.rows, n, 2)[0]) for n in (1, 2, 8)] == [8, 4, 1]
+            assert [len(split_into_micro_batches(window.rows, n, 2)[0]) for n in (1, 2, 8)] == [8, 4, 1]
 
 
 def test_a_skipped_window_uses_up_rows_but_is_no_step_and_no_progress():

@@ -9,17 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.batching.learning_rate import (
-    BatchSchedule,
-    LrScaling,
-    Schedule,
-    batch_schedule,
-    decay,
-    rate_text,
-    warmup_steps_of,
-)
+from finetune.batching.batch_size import BatchSchedule, batch_schedule
+from finetune.batching.learning_rate import LrScaling, Schedule, decay, rate_text, warmup_steps_of
 from finetune.batching.windows import Position, epoch_rows, next_window, planned_windows, row_order
-from finetune.recipe.load import AccumulationSection
+from finetune.recipe.fields import AccumulationSection
 
 ALWAYS = BatchSchedule(((1.0, 4),))
 WARMUP = BatchSchedule(((0.25, 2), (0.5, 4), (1.0, 8)))

@@ -14,14 +14,16 @@ from typer.testing import CliRunner
 from finetune.commands import plan
 from finetune.commands.cli import app
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
+from finetune.launch.config_file import read_launch_file
 from finetune.launch.preflight import settle
+from finetune.launch.strategy import one_process
 from finetune.memory import strategies
 from finetune.memory.estimate import estimate
 from finetune.memory.trace import Numbers, Shape, continued, profile
 from finetune.model import load as model
 from finetune.model.parameters import ITEMS
-from finetune.recipe import load as recipe
+from finetune.recipe.fields import LoraSection
+from finetune.recipe.load import load_recipe
 from tests.support.launch import ROOT
 from tests.support.tiny_models import small_recipe
 
@@ -280,13 +282,13 @@ def test_what_does_not_go_together_is_shown_with_its_reason(tiny):
 
 def test_launch_files_are_what_the_ladder_names_them_for():
     for key, name in strategies.LAUNCH_FILES.items():
-        found = launch.read(ROOT / "accelerate_configs" / name)
+        found = read_launch_file(ROOT / "accelerate_configs" / name)
         assert (found.engine, found.zero_stage, found.offload_optimizer, found.offload_param) == key
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_traces_are_continued_over_rows_exactly(tmp_path, family):
-    loaded = recipe.load(small_recipe(tmp_path, rows=4, family=family))
+    loaded = load_recipe(small_recipe(tmp_path, rows=4, family=family))
     facts = model.facts(loaded)
     for numbers in (Numbers("bf16", casts=True), Numbers("bf16", on_cpu=False), Numbers()):
         two, five, nine = (profile(loaded, facts, Shape(rows, 48), 2, numbers).series for rows in (2, 5, 9))
@@ -319,8 +321,8 @@ def test_a_model_that_cannot_be_traced_is_guessed_widely_and_says_so(mixtral):
         "MixtralForCausalLM cannot be traced: activations and losses are by formula, a wide guess"
         in command(mixtral).stdout
     )
-    loaded = recipe.load(mixtral)
-    facts, strategy = model.facts(loaded), launch.one_process("bf16")
+    loaded = load_recipe(mixtral)
+    facts, strategy = model.facts(loaded), one_process("bf16")
     found = estimate(loaded, facts, strategy, Shape(8, 64), 2, on_cpu=False)
     items = found.parts["device"]["loss"]
     dynamic = items["activations"] + items["logits and loss"]
@@ -328,10 +330,10 @@ def test_a_model_that_cannot_be_traced_is_guessed_widely_and_says_so(mixtral):
 
 
 def test_a_model_that_cannot_even_be_outlined_is_refused_by_its_key(tiny):
-    settled = settle(recipe.load(tiny), launch.one_process("bf16"))
+    settled = settle(load_recipe(tiny), one_process("bf16"))
     # an outline of a frozen base needs one
     facts = dataclasses.replace(model.facts(settled.loaded), export_dtype="no type")
-    loaded = strategies.with_adapters(settled.loaded, recipe.LoraSection())
+    loaded = strategies.with_adapters(settled.loaded, LoraSection())
     with pytest.raises(UserError, match="model.name_or_path is .* whose memory cannot be estimated"):
         estimate(loaded, facts, settled.strategy, Shape(2, 32), 2, on_cpu=False)
 

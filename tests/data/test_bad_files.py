@@ -12,7 +12,7 @@ import pytest
 
 from finetune.data.prepare import prepare
 from finetune.errors import UserError
-from tests.support.data import chat_row, load_recipe, make_tokenizer
+from tests.support.data import chat_row, make_tokenizer, recipe_of
 
 GOOD = json.dumps(chat_row("Hello", "Fine"))
 
@@ -155,7 +155,7 @@ def test_one_message_with_file_and_line(tmp_path, monkeypatch, name):
     (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     tokenizer = TOKENIZER
     with pytest.raises(UserError, match=expected) as caught:
-        prepare(load_recipe(tmp_path, tmp_path / file), tokenizer, print)
+        prepare(recipe_of(tmp_path, tmp_path / file), tokenizer, print)
     assert len(caught.value.messages) == 1 and caught.value.exit_code == 2
 
 
@@ -175,20 +175,20 @@ TOKENIZER = make_tokenizer()
 def test_harmless_oddities_are_read(tmp_path, monkeypatch, content):
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.json").write_bytes(content.encode())
-    prepared = prepare(load_recipe(tmp_path, tmp_path / "a.json"), TOKENIZER, print)
+    prepared = prepare(recipe_of(tmp_path, tmp_path / "a.json"), TOKENIZER, print)
     assert len(prepared.train) == 2
 
 
 def test_a_folder_and_a_split_of_a_file_are_refused(tmp_path):
     (tmp_path / "rows").mkdir()
     with pytest.raises(UserError, match=r"recipe.yaml:4: data.train: .*rows is a folder without data files"):
-        prepare(load_recipe(tmp_path, tmp_path / "rows"), TOKENIZER, print)
+        prepare(recipe_of(tmp_path, tmp_path / "rows"), TOKENIZER, print)
     (tmp_path / "a.jsonl").write_text(GOOD)
     with pytest.raises(UserError, match="split is 'test', but a.jsonl is one file"):
-        prepare(load_recipe(tmp_path, tmp_path / "a.jsonl", "data.train[0].split=test"), TOKENIZER, print)
+        prepare(recipe_of(tmp_path, tmp_path / "a.jsonl", "data.train[0].split=test"), TOKENIZER, print)
 
 
 def test_an_unknown_hub_data_set_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"recipe.yaml:4: data.train: 'no-such/data-set' \(split 'train'\) is no local"):
-        prepare(load_recipe(tmp_path, "no-such/data-set"), TOKENIZER, print)
+        prepare(recipe_of(tmp_path, "no-such/data-set"), TOKENIZER, print)

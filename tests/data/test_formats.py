@@ -17,11 +17,11 @@ import pytest
 from finetune.data.prepare import prepare as prepare_data
 from finetune.data.prepare import weighted_rows
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
-from finetune.recipe import load as recipe
+from finetune.launch.strategy import one_process
+from finetune.recipe.load import load_recipe
 from finetune.training import job, step
 from tests.support.chat_families import FAMILIES
-from tests.support.data import CHATML, chat_row, load_recipe, make_tokenizer, trained_texts, write_jsonl
+from tests.support.data import CHATML, chat_row, make_tokenizer, recipe_of, trained_texts, write_jsonl
 from tests.support.tiny_models import tiny_model
 
 TOKENIZER = make_tokenizer(CHATML, eos="<|im_end|>")
@@ -34,7 +34,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def prepare(tmp_path, train, *overrides, tokenizer=TOKENIZER, lines=None, extra=""):
-    loaded = load_recipe(tmp_path, train, *overrides, extra=extra)
+    loaded = recipe_of(tmp_path, train, *overrides, extra=extra)
     return prepare_data(loaded, tokenizer, (lines if lines is not None else []).append)
 
 
@@ -254,15 +254,15 @@ def test_the_real_demo_sets_load_without_options_and_train(tmp_path, name):
     )
     # with the model's 256 positions most rows of a byte-level vocabulary this small are cut
     plan = job.prepare_plan(
-        recipe.load(tmp_path / "recipe.yaml", (*short, "data.max_dropped_fraction=1")), launch.one_process(), print
+        load_recipe(tmp_path / "recipe.yaml", (*short, "data.max_dropped_fraction=1")), one_process(), print
     )
     running = job.assemble(plan, print)
     results = list(step.train(running))
     assert [result.applied for result in results] == [True, True]
     running.engine.close()
-    without_options = prepare_data(load_recipe(tmp_path, source), tokenizer, print)
+    without_options = prepare_data(recipe_of(tmp_path, source), tokenizer, print)
     assert without_options.summary["source_rows"] == REAL[name][1]
-    prepared = prepare_data(load_recipe(tmp_path, source, "data.max_length=100000"), tokenizer, print)
+    prepared = prepare_data(recipe_of(tmp_path, source, "data.max_length=100000"), tokenizer, print)
     assert prepared.summary["source_rows"] == REAL[name][1] and not prepared.summary["dropped"]
     assert prepared.summary["sources"][0]["format"] == REAL[name][0]
     assert prepared.summary["ends"] == prepared.summary["turns"]

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.data.prepare import prepare as prepare_data
 from finetune.data.collate import collate
 from finetune.data.prepare import held_out_keys
+from finetune.data.prepare import prepare as prepare_data
 from finetune.data.sources import open_source
 from finetune.data.token_cache import Row
 from finetune.errors import UserError
-from finetune.recipe.load import SourceSection
-from tests.support.data import CHATML, chat_row, load_recipe, make_tokenizer, trained_texts, write_jsonl
+from finetune.recipe.fields import SourceSection
+from tests.support.data import CHATML, chat_row, make_tokenizer, recipe_of, trained_texts, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def texts(tokenizer, rows) -> list[str]:
 def test_chat_rows_become_token_rows(tmp_path):
     tokenizer = make_tokenizer(CHATML, eos="<|im_end|>")
     rows = [chat_row(f"What is {i}?", f"It is {i}.") for i in range(5)]
-    prepared = prepare(load_recipe(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer)
+    prepared = prepare(recipe_of(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer)
     train = prepared.train
     assert len(train) == 5 and prepared.evaluation is None
     for i in range(5):
@@ -57,7 +57,7 @@ def test_text_is_joined_with_eos_and_cut_into_blocks(tmp_path, bos):
     tokenizer = make_tokenizer(None, bos=bos, add_bos=bos is not None)
     documents = ["The quick brown fox jumps over the lazy dog.", "Hello there!", "How are you today? " * 3]
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in documents])
-    prepared = prepare(load_recipe(tmp_path, file, "data.loss_on=all", "data.max_length=16"), tokenizer)
+    prepared = prepare(recipe_of(tmp_path, file, "data.loss_on=all", "data.max_length=16"), tokenizer)
     whole = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     rows = [prepared.train.row(i) for i in range(len(prepared.train))]
     assert [token for row in rows for token in row.input_ids.tolist()] == whole
@@ -70,7 +70,7 @@ def test_a_txt_file_is_one_document_and_sources_do_not_share_a_block(tmp_path):
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file, text in zip(files, ("Hello.\n\nThere.", "\ufeffBye.")):
         file.write_text(text, encoding="utf-8")
-    prepared = prepare(load_recipe(tmp_path, files, "data.loss_on=all"), tokenizer)
+    prepared = prepare(recipe_of(tmp_path, files, "data.loss_on=all"), tokenizer)
     assert texts(tokenizer, prepared.train) == ["Hello.\n\nThere.</s>", "Bye.</s>"]
 
 
@@ -78,7 +78,7 @@ def test_a_rest_of_one_token_is_no_row_and_empty_documents_are_dropped(tmp_path)
     tokenizer = make_tokenizer(None)
     length = len(tokenizer("Hello there!")["input_ids"])
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "Hello there!"}] * 10 + [{"text": " "}])
-    prepared = prepare(load_recipe(tmp_path, file, "data.loss_on=all", f"data.max_length={length}"), tokenizer)
+    prepared = prepare(recipe_of(tmp_path, file, "data.loss_on=all", f"data.max_length={length}"), tokenizer)
     total = 10 * (length + 1)
     assert len(prepared.train) == total // length + (total % length >= 2)
     assert prepared.summary["dropped"] == 1 and prepared.summary["source_rows"] == 11
@@ -102,29 +102,29 @@ def test_a_hub_data_set_is_read_through_datasets(tmp_path, monkeypatch):
 
 def test_text_is_trained_whole_unless_the_recipe_asks_for_the_assistant_alone(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "Hello"}])
-    train = prepare(load_recipe(tmp_path, file), make_tokenizer(None)).train
+    train = prepare(recipe_of(tmp_path, file), make_tokenizer(None)).train
     assert train.trained[0] == train.lengths[0] - 1
     with pytest.raises(UserError, match=r"data.loss_on is 'assistant'.*Use data.loss_on: all"):
-        prepare(load_recipe(tmp_path, file, "data.loss_on=assistant"), make_tokenizer(None))
+        prepare(recipe_of(tmp_path, file, "data.loss_on=assistant"), make_tokenizer(None))
     chat = write_jsonl(tmp_path / "b.jsonl", [chat_row("Hello", "Fine")])
-    mixed = prepare(load_recipe(tmp_path, [file, chat], "data.loss_on=assistant"), make_tokenizer()).train
+    mixed = prepare(recipe_of(tmp_path, [file, chat], "data.loss_on=assistant"), make_tokenizer()).train
     assert mixed.trained[0] == mixed.lengths[0] - 1 and mixed.trained[1] < mixed.lengths[1] - 1
 
 
 def test_a_tokenizer_without_chat_template_or_eos_is_refused(tmp_path):
     chat = write_jsonl(tmp_path / "a.jsonl", [chat_row("a", "b")])
     with pytest.raises(UserError, match=r"recipe.yaml:1: model.name_or_path: .*no chat template"):
-        prepare(load_recipe(tmp_path, chat), make_tokenizer(None))
+        prepare(recipe_of(tmp_path, chat), make_tokenizer(None))
     text = write_jsonl(tmp_path / "b.jsonl", [{"text": "Hello"}])
     with pytest.raises(UserError, match="no eos token"):
-        prepare(load_recipe(tmp_path, text, "data.loss_on=all"), make_tokenizer(None, eos=None))
+        prepare(recipe_of(tmp_path, text, "data.loss_on=all"), make_tokenizer(None, eos=None))
 
 
 def test_truncated_rows_are_counted(tmp_path):
     rows = [chat_row("Hi", "Hello there! " * (30 if i == 3 else 1)) for i in range(9)]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     lines = []
-    prepared = prepare(load_recipe(tmp_path, file, "data.max_length=32"), make_tokenizer(), lines)
+    prepared = prepare(recipe_of(tmp_path, file, "data.max_length=32"), make_tokenizer(), lines)
     assert prepared.summary["truncated"] == 1 and prepared.train.lengths.max() == 32
     assert "1 truncated" in lines[-1] and "1 of 9 turns without a trained end" in lines[-1]
 
@@ -133,15 +133,15 @@ def test_dropped_rows_are_counted_up_to_a_tenth_and_refused_above(tmp_path):
     rows = [chat_row("Hello", "Fine") for _ in range(20)]
     silent = {"messages": [{"role": "user", "content": "Anybody?"}]}
     tokenizer, file = make_tokenizer(), tmp_path / "a.jsonl"
-    prepared = prepare(load_recipe(tmp_path, write_jsonl(file, rows[:18] + [silent] * 2)), tokenizer)
+    prepared = prepare(recipe_of(tmp_path, write_jsonl(file, rows[:18] + [silent] * 2)), tokenizer)
     assert prepared.summary["dropped"] == 2 and len(prepared.train) == 18
     assert prepared.summary["reasons"] == {"it has no assistant turn": {"rows": 2, "example": f"{file}:19"}}
-    loaded = load_recipe(tmp_path, write_jsonl(file, rows[:17] + [silent] * 3))
+    loaded = recipe_of(tmp_path, write_jsonl(file, rows[:17] + [silent] * 3))
     for _ in range(2):  # the second time from the cache
         with pytest.raises(UserError, match=r"3 of 20 rows .* 10%.*3 because it has no assistant turn.*a.jsonl:18"):
             prepare(loaded, tokenizer)
     with pytest.raises(UserError, match="2 of 2 rows"):
-        prepare(load_recipe(tmp_path, write_jsonl(file, [silent] * 2)), tokenizer)
+        prepare(recipe_of(tmp_path, write_jsonl(file, [silent] * 2)), tokenizer)
 
 
 def test_the_held_out_share_never_shares_a_row_with_training(tmp_path):
@@ -150,7 +150,7 @@ def test_the_held_out_share_never_shares_a_row_with_training(tmp_path):
     tokenizer, file = make_tokenizer(), write_jsonl(tmp_path / "a.jsonl", rows)
     seen = set()
     for seed in (1, 2):
-        loaded = load_recipe(tmp_path, file, "data.eval_fraction=0.2", f"training.seed={seed}")
+        loaded = recipe_of(tmp_path, file, "data.eval_fraction=0.2", f"training.seed={seed}")
         prepared = prepare(loaded, tokenizer)
         train, held_out = texts(tokenizer, prepared.train), texts(tokenizer, prepared.evaluation)
         assert not set(train) & set(held_out) and len(train) + len(held_out) == 100
@@ -166,7 +166,7 @@ def test_the_held_out_share_does_not_depend_on_row_order_and_one_row_cannot_be_s
     assert len(chosen) == 5 and held_out_keys(reversed(keys), 0.1, 7) == chosen
     file = write_jsonl(tmp_path / "a.jsonl", [chat_row("a", "b")] * 3)
     with pytest.raises(UserError, match=r"data.eval_fraction leaves no rows"):
-        prepare(load_recipe(tmp_path, file, "data.eval_fraction=0.5"), make_tokenizer())
+        prepare(recipe_of(tmp_path, file, "data.eval_fraction=0.5"), make_tokenizer())
 
 
 def test_max_rows_caps_the_source_rows_before_the_split(tmp_path):
@@ -174,7 +174,7 @@ def test_max_rows_caps_the_source_rows_before_the_split(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", [chat_row(f"{name} {i}", "Fine") for i in range(10)]) for name in "ab"
     ]
     tokenizer = make_tokenizer()
-    prepared = prepare(load_recipe(tmp_path, files, "data.max_rows=15", "data.eval_fraction=0.2"), tokenizer)
+    prepared = prepare(recipe_of(tmp_path, files, "data.max_rows=15", "data.eval_fraction=0.2"), tokenizer)
     both = texts(tokenizer, prepared.train) + texts(tokenizer, prepared.evaluation)
     assert len(prepared.evaluation) == 3
     assert sorted(text.split("\n")[1] for text in both) == sorted(
@@ -185,7 +185,7 @@ def test_max_rows_caps_the_source_rows_before_the_split(tmp_path):
 def test_evaluation_sources_are_prepared_like_training_ones(tmp_path):
     train = write_jsonl(tmp_path / "a.jsonl", [chat_row("a", "b")] * 3)
     held_out = write_jsonl(tmp_path / "b.jsonl", [chat_row("c", "d")] * 2)
-    loaded = load_recipe(tmp_path, train, "data.max_rows=1", extra=f"  eval:\n    - path: {held_out}\n")
+    loaded = recipe_of(tmp_path, train, "data.max_rows=1", extra=f"  eval:\n    - path: {held_out}\n")
     prepared = prepare(loaded, make_tokenizer())
     assert (len(prepared.train), len(prepared.evaluation)) == (1, 2)
 
@@ -195,7 +195,7 @@ def test_the_cache_is_reused_until_something_that_matters_changes(tmp_path):
     tokenizer, file = make_tokenizer(), write_jsonl(tmp_path / "a.jsonl", rows)
 
     def state(*overrides, tokenizer=tokenizer):
-        prepared = prepare(load_recipe(tmp_path, file, *overrides), tokenizer)
+        prepared = prepare(recipe_of(tmp_path, file, *overrides), tokenizer)
         return prepared.summary["cache"], prepared.train.fingerprint
 
     assert state()[0] == "new"
@@ -217,7 +217,7 @@ def test_the_cache_is_reused_until_something_that_matters_changes(tmp_path):
 
 def test_a_damaged_cache_entry_is_made_again(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [chat_row("a", "b")] * 3)
-    loaded, tokenizer = load_recipe(tmp_path, file), make_tokenizer()
+    loaded, tokenizer = recipe_of(tmp_path, file), make_tokenizer()
     entry = Path(prepare(loaded, tokenizer).summary["cache_folder"])
     tokens = entry / "train" / "tokens.npy"
     tokens.write_bytes(tokens.read_bytes()[:-4])
@@ -229,7 +229,7 @@ def test_a_damaged_cache_entry_is_made_again(tmp_path):
 
 
 def _prepare_in_process(folder, file, barrier, results):
-    loaded, tokenizer = load_recipe(Path(folder), Path(file)), make_tokenizer()
+    loaded, tokenizer = recipe_of(Path(folder), Path(file)), make_tokenizer()
     barrier.wait()
     prepared = prepare_data(loaded, tokenizer, lambda line: None)
     results.put((prepared.summary["cache"], prepared.train.fingerprint, int(prepared.train.lengths.sum()), os.getpid()))
@@ -260,7 +260,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch
     monkeypatch.setenv("FINETUNE_CACHE", str(blocked))
     file = write_jsonl(tmp_path / "a.jsonl", [chat_row("a", "b")])
     with pytest.raises(UserError, match="FINETUNE_CACHE"):
-        prepare(load_recipe(tmp_path, file), make_tokenizer())
+        prepare(recipe_of(tmp_path, file), make_tokenizer())
 
 
 def test_collate_pads_on_the_right_and_masks_by_length():
@@ -282,13 +282,13 @@ def test_collate_pads_on_the_right_and_masks_by_length():
 def test_the_real_demo_sets_of_known_formats_are_taken_whole(tmp_path):
     folder, tokenizer = Path(os.environ["FINETUNE_REAL_DATA"]), make_tokenizer()
     documents = (folder / "c4_demo.jsonl").read_text(encoding="utf-8").splitlines()
-    loaded = load_recipe(tmp_path, folder / "c4_demo.jsonl", "data.loss_on=all", "data.max_length=512")
+    loaded = recipe_of(tmp_path, folder / "c4_demo.jsonl", "data.loss_on=all", "data.max_length=512")
     prepared = prepare(loaded, tokenizer)
     assert prepared.summary["source_rows"] == len(documents) and not prepared.summary["dropped"]
     tokens = np.concatenate([prepared.train.row(i).input_ids for i in range(len(prepared.train))])
     assert tokenizer.decode(tokens) == "".join(json.loads(line)["text"] + "</s>" for line in documents)
     chats = json.loads((folder / "kto_en_demo.json").read_text(encoding="utf-8"))
-    prepared = prepare(load_recipe(tmp_path, folder / "kto_en_demo.json", "data.max_length=100000"), tokenizer)
+    prepared = prepare(recipe_of(tmp_path, folder / "kto_en_demo.json", "data.max_length=100000"), tokenizer)
     assert len(prepared.train) == len(chats) and not prepared.summary["dropped"]
     for i, chat in enumerate(chats):
         answers = [m["content"] + "<|im_end|>" for m in chat["messages"] if m["role"] == "assistant"]

@@ -8,14 +8,14 @@ from itertools import islice
 
 import pytest
 
-from finetune.batching.windows import deal
+from finetune.batching.layout import split_into_micro_batches
 from finetune.data.stream import open_stream
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
-from finetune.recipe import load as recipe
+from finetune.launch.strategy import one_process
+from finetune.recipe.load import load_recipe
 from finetune.training import job, step
 from tests.data.test_bad_files import CASES as BAD_FILES
-from tests.support.data import CHATML, chat_row, load_recipe, make_tokenizer, trained_texts, write_jsonl
+from tests.support.data import CHATML, chat_row, make_tokenizer, recipe_of, trained_texts, write_jsonl
 from tests.support.tiny_models import small_recipe
 
 STREAM = ("data.streaming=true", "training.max_steps=4")
@@ -28,7 +28,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def stream(tmp_path, train, *overrides, extra=""):
-    return open_stream(load_recipe(tmp_path, train, *STREAM, *overrides, extra=extra), TOKENIZER, lambda line: None)
+    return open_stream(recipe_of(tmp_path, train, *STREAM, *overrides, extra=extra), TOKENIZER, lambda line: None)
 
 
 def texts(rows, count: int, first: int = 0) -> list[str]:
@@ -57,7 +57,7 @@ def test_ranks_that_take_their_slices_alone_take_the_rows_of_one(tmp_path):
     for ranks in (2, 3):
         of_rank = [stream(tmp_path, file).train for _ in range(ranks)]
         for first in (0, 12, 24):
-            shares = deal(range(first, first + 12), ranks, 2)
+            shares = split_into_micro_batches(range(first, first + 12), ranks, 2)
             for rank, share in enumerate(shares):
                 for index in (index for micro_batch in share for index in micro_batch):
                     assert of_rank[rank].row(index).input_ids.tolist() == alone.row(index).input_ids.tolist()
@@ -95,7 +95,7 @@ def test_a_stream_trains_and_evaluates_like_rows(tmp_path):
     held_out = write_jsonl(tmp_path / "held.jsonl", [chat_row("a", "b")] * 3)
     text = path.read_text().replace("  eval_fraction: 0.2\n", f"  eval: [{{path: {held_out}}}]\n  streaming: true\n")
     path.write_text(text.replace("num_train_epochs: 1", "max_steps: 9"))
-    plan = job.prepare_plan(recipe.load(path), launch.one_process(), print)
+    plan = job.prepare_plan(load_recipe(path), one_process(), print)
     running = job.assemble(plan, print)
     before = step.evaluate(running)
     results = list(step.train(running))
@@ -106,7 +106,7 @@ def test_a_stream_trains_and_evaluates_like_rows(tmp_path):
 
 def test_what_does_not_go_with_streaming_is_refused_at_once(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [chat_row("a", "b")])
-    loaded = load_recipe(tmp_path, file, "data.streaming=true", "data.eval_fraction=0.1", "data.max_rows=3")
+    loaded = recipe_of(tmp_path, file, "data.streaming=true", "data.eval_fraction=0.1", "data.max_rows=3")
     with pytest.raises(UserError) as caught:
         open_stream(loaded, TOKENIZER, print)
     assert [

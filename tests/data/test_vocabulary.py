@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.prepare import prepare
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
+from finetune.launch.strategy import Strategy, one_process
 from finetune.model import load as model
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from finetune.training import job, step
 from tests.support.chat_templates import CHATML
-from tests.support.data import chat_row, load_recipe, make_tokenizer, write_jsonl
+from tests.support.data import chat_row, make_tokenizer, recipe_of, write_jsonl
 from tests.support.tiny_models import small_recipe, tiny_model
 
 FULL = ("training.max_steps=1", "data.eval_fraction=0.1")
@@ -50,7 +50,7 @@ def with_new_tokens(folder, *words):
 
 def test_the_embedding_grows_for_tokens_of_the_data_and_trains(tmp_path):
     path, tokenizer = with_new_tokens(tmp_path, "<think>", "</think>")
-    plan = job.prepare_plan(recipe.load(path, FULL), launch.one_process(), print)
+    plan = job.prepare_plan(load_recipe(path, FULL), one_process(), print)
     assert plan.facts.vocabulary == len(tokenizer) == 450
     running = job.assemble(plan, print)
     (result,) = step.train(running)
@@ -61,10 +61,10 @@ def test_the_embedding_grows_for_tokens_of_the_data_and_trains(tmp_path):
 def test_an_embedding_that_cannot_grow_is_refused_before_weights(tmp_path):
     path, _ = with_new_tokens(tmp_path, "<think>")
     with pytest.raises(UserError, match=r"recipe.yaml:1: .*token id 448 \('<think>'\).*ends at 447.*lora"):
-        job.prepare_plan(recipe.load(path, (*FULL, "lora.r=2")), launch.one_process(), print)
-    strategy = launch.Strategy(**(vars(launch.one_process()) | {"engine": "deepspeed", "zero_stage": 3}))
+        job.prepare_plan(load_recipe(path, (*FULL, "lora.r=2")), one_process(), print)
+    strategy = Strategy(**(vars(one_process()) | {"engine": "deepspeed", "zero_stage": 3}))
     with pytest.raises(UserError, match="under ZeRO-3 it cannot grow"):
-        job.prepare_plan(recipe.load(path, FULL), strategy, print)
+        job.prepare_plan(load_recipe(path, FULL), strategy, print)
 
 
 def test_a_pad_token_outside_the_embedding_gives_way(tmp_path):
@@ -74,7 +74,7 @@ def test_a_pad_token_outside_the_embedding_gives_way(tmp_path):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id == 448
     tokenizer.save_pretrained(tmp_path / "base")
-    plan = job.prepare_plan(recipe.load(path, (*FULL, "lora.r=2")), launch.one_process(), print)
+    plan = job.prepare_plan(load_recipe(path, (*FULL, "lora.r=2")), one_process(), print)
     assert plan.facts.vocabulary == 448
     assert model.padding_id(plan.tokenizer, 448) == plan.tokenizer.eos_token_id
 
@@ -82,7 +82,7 @@ def test_a_pad_token_outside_the_embedding_gives_way(tmp_path):
 def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path):
     path = small_recipe(tmp_path)
     make_tokenizer(pad=None).save_pretrained(tmp_path / "base")
-    plan = job.prepare_plan(recipe.load(path, FULL), launch.one_process(), print)
+    plan = job.prepare_plan(load_recipe(path, FULL), one_process(), print)
     assert model.padding_id(plan.tokenizer, plan.facts.vocabulary) == plan.tokenizer.eos_token_id
 
 
@@ -90,10 +90,10 @@ def test_an_end_of_turn_that_is_no_token_is_refused(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [chat_row("a", "b")])
     lacking = make_tokenizer(CHATML, special=("</s>", "<pad>"))
     with pytest.raises(UserError, match=r"recipe.yaml:1: .*ends every turn with <\|im_end\|>, which its tokenizer"):
-        prepare(load_recipe(tmp_path, file), lacking, print)
+        prepare(recipe_of(tmp_path, file), lacking, print)
 
 
 def test_turns_whose_ends_are_all_cut_are_refused(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [chat_row("a", "Hello there! " * 40)] * 3)
     with pytest.raises(UserError, match="never learn to stop"):
-        prepare(load_recipe(tmp_path, file, "data.max_length=32"), make_tokenizer(), print)
+        prepare(recipe_of(tmp_path, file, "data.max_length=32"), make_tokenizer(), print)

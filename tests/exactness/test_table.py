@@ -7,10 +7,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.batching.windows import deal
+from finetune.batching.layout import split_into_micro_batches
 from finetune.launch import compatibility
-from finetune.launch import strategy as launch
-from finetune.recipe import load as recipe
+from finetune.launch.config_file import read_launch_file
+from finetune.recipe.load import load_recipe
 from tests.support.exact_table import EVERY_LAUNCH, KINDS, KS, LAUNCHES, combinations, pairs, random_windows, windows
 from tests.support.launch import launch_file
 
@@ -29,8 +29,8 @@ def allowed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "chat.jsonl").write_text("{}\n")
-    strategies = {row: launch.read(launch_file(folder / "launch.yaml", **row.layout)) for row in EVERY_LAUNCH}
-    loaded = {kind: recipe.load(folder / "recipe.yaml", overrides) for kind, overrides in KINDS.items()}
+    strategies = {row: read_launch_file(launch_file(folder / "launch.yaml", **row.layout)) for row in EVERY_LAUNCH}
+    loaded = {kind: load_recipe(folder / "recipe.yaml", overrides) for kind, overrides in KINDS.items()}
     return lambda row, kind: not compatibility.refusals(loaded[kind], strategies[row])
 
 
@@ -55,7 +55,7 @@ def test_a_missing_launch_would_be_noticed(allowed):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_windows_have_every_k_and_an_empty_micro_batch(ranks):
-    dealt = [deal(range(window.rows), ranks, 2) for window in windows(ranks)]
+    dealt = [split_into_micro_batches(range(window.rows), ranks, 2) for window in windows(ranks)]
     assert {len(share[0]) + w.empty for share, w in zip(dealt, windows(ranks), strict=True)} >= set(KS)
     assert any(w.empty for w in windows(ranks))
     if ranks > 1:
@@ -63,4 +63,4 @@ def test_the_windows_have_every_k_and_an_empty_micro_batch(ranks):
             "one rank has nothing where the other has rows"
         )
     for window in random_windows(np.random.default_rng(1), ranks, 200):
-        assert 1 <= len(deal(range(window.rows), ranks, 2)[0]) + window.empty <= max(KS)
+        assert 1 <= len(split_into_micro_batches(range(window.rows), ranks, 2)[0]) + window.empty <= max(KS)

@@ -7,7 +7,7 @@ import pytest
 from finetune.launch import compatibility
 from finetune.launch.preflight import settle
 from finetune.launch.strategy import Strategy
-from finetune.recipe.load import load
+from finetune.recipe.load import load_recipe
 
 MINIMAL = "model: {name_or_path: org/model}\ndata: {train: [{path: org/rows}]}\noutput_dir: x\n"
 GPU = Strategy("gpu.yaml", "ddp", 2, 1, "bf16", False)
@@ -18,7 +18,7 @@ NO_16_BIT = dataclasses.replace(GPU, mixed_precision="no")
 QLORA = ("lora.r=4", "model.load_in_4bit=true")
 
 REFUSED = [  # overrides, strategy, what the message says; then a neighbour that works
-    (QLORA, ZERO3, "model.load_in_4bit is true, which does not go with ZeRO-3", QLORA, GPU),
+    (QLORA, ZERO3, "model.load_in_4bit is true, which is not supported with ZeRO-3", QLORA, GPU),
     (QLORA, OFFLOAD, "(offload.yaml)", ("lora.r=4",), OFFLOAD),
     (("training.optim=adamw_8bit",), OFFLOAD, "training.optim is adamw_8bit", ("training.optim=adamw",), OFFLOAD),
     (("training.optim=adamw_bnb_paged_8bit",), OFFLOAD, "is paged_adamw_8bit", ("training.optim=adamw_8bit",), ZERO3),
@@ -46,7 +46,7 @@ REFUSED = [  # overrides, strategy, what the message says; then a neighbour that
 def recipe(tmp_path):
     def make(overrides):
         (tmp_path / "recipe.yaml").write_text(MINIMAL)
-        return load(tmp_path / "recipe.yaml", [*overrides, "training.per_device_train_batch_size=1"])
+        return load_recipe(tmp_path / "recipe.yaml", [*overrides, "training.per_device_train_batch_size=1"])
 
     return make
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
+from finetune.launch.config_file import read_launch_file
 from finetune.recipe.foreign_keys import NO_ZENFLOW
-from finetune.recipe.load import load
+from finetune.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = "model: {name_or_path: org/model}\ndata: {train: [{path: org/rows}]}\noutput_dir: x\n"
@@ -37,7 +37,7 @@ ZERO2 = (
 def test_a_recipe_that_asks_for_it_is_refused(tmp_path, text, key):
     (tmp_path / "recipe.yaml").write_text(MINIMAL + text)
     with pytest.raises(UserError) as caught:
-        load(tmp_path / "recipe.yaml")
+        load_recipe(tmp_path / "recipe.yaml")
     (message,) = caught.value.messages
     assert f"recipe.yaml:4: {key} is not a key" in message and message.endswith(NO_ZENFLOW)
 
@@ -46,7 +46,7 @@ def test_a_recipe_that_asks_for_it_is_refused(tmp_path, text, key):
 def test_a_launch_file_that_asks_for_it_is_refused(tmp_path, line, text):
     (tmp_path / "launch.yaml").write_text(ZERO2 + text)
     with pytest.raises(UserError) as caught:
-        launch.read(tmp_path / "launch.yaml")
+        read_launch_file(tmp_path / "launch.yaml")
     (message,) = caught.value.messages
     key = "deepspeed_config.zenflow" if text.startswith(" ") else "zenflow"
     assert message == f"{tmp_path}/launch.yaml:{line}: {key} is not supported here. {NO_ZENFLOW}"
@@ -65,4 +65,4 @@ def test_the_refusal_ends_a_training_before_weights_with_status_2(tmp_path):
 
 def test_the_way_out_exists():
     assert (ROOT / "docs" / "sparse_accumulation.md").exists()
-    assert launch.read(ROOT / "accelerate_configs" / "zero2_offload.yaml").offload_optimizer == "cpu"
+    assert read_launch_file(ROOT / "accelerate_configs" / "zero2_offload.yaml").offload_optimizer == "cpu"

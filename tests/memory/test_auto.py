@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from finetune.batching.windows import deal, largest_micro_batches
+from finetune.batching.layout import largest_micro_batches, split_into_micro_batches
 from tests.support.launch import ROOT, free_port, launch_file, program, run, train
 from tests.support.tiny_models import small_recipe
 
@@ -44,7 +44,7 @@ def test_the_largest_micro_batches_are_those_that_dealing_finds(rows, window, pe
         dealt = [
             (k > 0, lengths[list(part)])
             for first in range(0, rows, window)
-            for of_rank in deal(order[first : first + window].tolist(), ranks, per_device)
+            for of_rank in split_into_micro_batches(order[first : first + window].tolist(), ranks, per_device)
             for k, part in enumerate(of_rank)
             if part
         ]

@@ -20,7 +20,7 @@ from finetune.memory.zero.layout import pinned_bytes
 from finetune.memory.zero.resident import derive_settings, resident
 from finetune.model import load as model
 from finetune.model.parameters import Resident, Weight, Weights
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from tests.support import tiny_models
 from tests.support.launch import free_port, program, run
 
@@ -314,7 +314,7 @@ def found(request, folder) -> tuple[int, list[tuple[dict, dict]]]:
 @cache
 def traced(path: Path, precision: str, overrides: tuple[str, ...], adapters_stay: bool) -> Profile:
     """Activations and losses of a micro-batch of the launched script, with the weights cast."""
-    loaded = recipe.load(path, overrides)
+    loaded = load_recipe(path, overrides)
     return profile(
         loaded, model.facts(loaded), Shape(2, 32, False), 1, Numbers(precision, casts=True, adapters_stay=adapters_stay)
     )

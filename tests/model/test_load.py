@@ -16,11 +16,12 @@ from finetune.data.collate import collate
 from finetune.data.token_cache import Row
 from finetune.engine.deepspeed.config import parameter_elements
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
+from finetune.launch.config_file import read_launch_file
 from finetune.launch.preflight import settle
+from finetune.launch.strategy import one_process
 from finetune.model import load as model
 from finetune.objectives.sft import sft_loss
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from tests.support.tiny_models import small_recipe
 
 CPU = torch.device("cpu")
@@ -33,8 +34,8 @@ def recipe_path(tmp_path_factory) -> Path:
 
 
 def load(path: Path, *overrides: str):
-    loaded = recipe.load(path, overrides)
-    return model.load_model(loaded, launch.one_process(), model.facts(loaded), CPU)
+    loaded = load_recipe(path, overrides)
+    return model.load_model(loaded, one_process(), model.facts(loaded), CPU)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -112,18 +113,18 @@ def test_an_attention_kernel_that_is_not_installed_is_refused_by_its_key(recipe_
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_the_attention_kernel_is_the_one_asked_for(recipe_path, kernel):
-    loaded = recipe.load(recipe_path, [f"model.attn_implementation={kernel}"])
-    network = model.load_model(loaded, launch.one_process(), model.facts(loaded), CPU)
+    loaded = load_recipe(recipe_path, [f"model.attn_implementation={kernel}"])
+    network = model.load_model(loaded, one_process(), model.facts(loaded), CPU)
     assert network.config._attn_implementation == kernel
 
 
 def test_4_bit_under_zero_3_is_refused_before_weights(recipe_path, tmp_path):
     from tests.support.launch import launch_file
 
-    loaded = recipe.load(recipe_path, [*LORA, "model.load_in_4bit=true"])
-    settle(loaded, launch.read(launch_file(tmp_path / "zero2.yaml", 2, zero_stage=2)))
-    with pytest.raises(UserError, match="model.load_in_4bit is true, which does not go with ZeRO-3.*zero3.yaml"):
-        settle(loaded, launch.read(launch_file(tmp_path / "zero3.yaml", 2, zero_stage=3)))
+    loaded = load_recipe(recipe_path, [*LORA, "model.load_in_4bit=true"])
+    settle(loaded, read_launch_file(launch_file(tmp_path / "zero2.yaml", 2, zero_stage=2)))
+    with pytest.raises(UserError, match="model.load_in_4bit is true, which is not supported with ZeRO-3.*zero3.yaml"):
+        settle(loaded, read_launch_file(launch_file(tmp_path / "zero3.yaml", 2, zero_stage=3)))
 
 
 def test_layers_that_do_not_exist_are_refused_with_those_that_do(recipe_path):

@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 
-from finetune.process.exit_status import guarded, is_launched
+from finetune.launch.environment import is_launched
+from finetune.process.exit_status import guarded
 
 how, window, launch_file, *arguments = sys.argv[1:]
 

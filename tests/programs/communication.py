@@ -15,7 +15,7 @@ from finetune.engine.deepspeed.config import parameter_elements
 from finetune.engine.optim import make_optimizer
 from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss, trained_tokens
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from tests.programs.random_rows import random_rows
 from tests.support.exact_table import PER_DEVICE_ROWS
 
@@ -29,7 +29,7 @@ def count_collectives(recipe_path: str, strategy) -> list[dict]:
 
     Ours are left out: the window's token count before it and its loss after it, one sum of a few scalars each. The
     third window of each K is measured, when DDP's buckets and ZeRO-3's prefetch order have settled."""
-    loaded = recipe.load(recipe_path, ("training.optim=sgd", "training.learning_rate=0.1"))
+    loaded = load_recipe(recipe_path, ("training.optim=sgd", "training.learning_rate=0.1"))
     engine = backend.start(strategy, CONFIGURED, PER_DEVICE_ROWS, 1.0)
     facts = model.facts(loaded)
     network = model.load_model(loaded, strategy, facts, engine.device)

@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from finetune.batching.windows import Position, deal
+from finetune.batching.layout import split_into_micro_batches
+from finetune.batching.windows import Position
 from finetune.checkpoint import checkpoint, snapshots
 from finetune.checkpoint.checkpoint import Progress
 from finetune.data.collate import collate
 from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
-from finetune.launch import strategy as launch
-from finetune.launch.parents import launched_by
+from finetune.launch.environment import from_environment
+from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss, trained_tokens
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from tests.programs.random_rows import random_rows
 
 BEFORE, AFTER, ROWS = 3, 2, 12  # windows before and after the checkpoint, rows per window
@@ -64,14 +65,14 @@ def started(case: Case, recipe_path: str, clipping: float):
         "ACCELERATE_MIXED_PRECISION": case.precision,
     }
     strategy = replace(
-        launch.from_environment(os.environ, launched_by()[1]),
+        from_environment(os.environ, launched_by()[1]),
         zero_stage=case.stage,
         offload_optimizer=optimizer,
         offload_param=parameters,
         mixed_precision=case.precision,
     )
     engine = backend.start(strategy, 2, 2, clipping)
-    loaded = recipe.load(recipe_path, case.overrides)
+    loaded = load_recipe(recipe_path, case.overrides)
     network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
     return engine
@@ -83,7 +84,10 @@ def train(engine, windows: range) -> list[float]:
     for window in windows:
         random = np.random.default_rng(window)
         rows = random_rows(random, ROWS, 449)
-        batches = [collate([rows[i] for i in part], 0) for part in deal(range(ROWS), engine.ranks, 2)[engine.rank]]
+        batches = [
+            collate([rows[i] for i in part], 0)
+            for part in split_into_micro_batches(range(ROWS), engine.ranks, 2)[engine.rank]
+        ]
         (tokens,) = engine.total(sum(map(trained_tokens, batches)))
         loss = sum(engine.micro_step(batch, tokens, last=k == len(batches) - 1) for k, batch in enumerate(batches))
         losses.append(engine.total(loss)[0] / tokens)

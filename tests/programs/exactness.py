@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune.batching.windows import deal
+from finetune.batching.layout import split_into_micro_batches
 from finetune.data.collate import collate
 from finetune.data.token_cache import Row
 from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
 from finetune.launch import compatibility
-from finetune.launch import strategy as launch
-from finetune.launch.parents import launched_by
+from finetune.launch.environment import from_environment
+from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss, trained_tokens
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from finetune.training.one_batch_reference import Reference, change, relative
 from tests.programs.communication import count_collectives
 from tests.programs.random_rows import random_rows
@@ -61,7 +61,7 @@ def cases(strategy, recipe_path: str, random, extra: int, report: bool) -> list[
     sizes = windows(strategy.ranks)
     found = []
     for kind, overrides in KINDS.items():
-        if compatibility.refusals(recipe.load(recipe_path, overrides), strategy):
+        if compatibility.refusals(load_recipe(recipe_path, overrides), strategy):
             continue
         sgd, one = SGD + RATE.get(kind, RATE["LoRA"]) + overrides, f"{kind}, SGD, one batch"
         some = (*sizes, *random_windows(random, strategy.ranks, extra))
@@ -129,7 +129,9 @@ def micro_batches(case: Case, engine, window: WindowCase, rows: list[Row]) -> li
     if case.one_batch:
         share = [range(engine.rank, len(rows), engine.ranks)]
     else:
-        share = deal(range(len(rows)), engine.ranks, PER_DEVICE_ROWS)[engine.rank] + [()] * window.empty
+        share = (
+            split_into_micro_batches(range(len(rows)), engine.ranks, PER_DEVICE_ROWS)[engine.rank] + [()] * window.empty
+        )
     return [collate([rows[i] for i in part], 0) for part in share]
 
 
@@ -137,7 +139,7 @@ def run_case(case: Case, recipe_path: str, strategy, seed: int) -> dict:
     """Every window of the case through its own engine; on rank 0 what `compare` finds, plus the states under
     "states".
     """
-    loaded = recipe.load(recipe_path, case.overrides)
+    loaded = load_recipe(recipe_path, case.overrides)
     engine = backend.start(strategy, CONFIGURED_STEPS, PER_DEVICE_ROWS, 1.0)
     if case.buffer:
         engine.accelerator.state.deepspeed_plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": case.buffer}
@@ -206,7 +208,7 @@ def main() -> None:
     recipe_path, out, seed, extra, *report = sys.argv[1:]
     torch.set_num_threads(1)
     prepare_libraries()
-    strategy = launch.from_environment(os.environ, launched_by()[1])
+    strategy = from_environment(os.environ, launched_by()[1])
     planned = cases(strategy, recipe_path, np.random.default_rng(int(seed)), int(extra), bool(report))
     found = [run_case(case, recipe_path, strategy, int(seed)) for case in planned]
     # precision changes what travels, not how often: bf16 is counted for the report

@@ -18,18 +18,18 @@ from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
 from finetune.engine.state import save_state
 from finetune.engine.storages import StorageTracker
-from finetune.launch import strategy as launch
-from finetune.launch.parents import launched_by
+from finetune.launch.environment import from_environment
+from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 
 
 def main() -> None:
     recipe_path, out = sys.argv[1:]
     torch.set_num_threads(1)
     prepare_libraries()
-    loaded, strategy = recipe.load(recipe_path), launch.from_environment(os.environ, launched_by()[1])
+    loaded, strategy = load_recipe(recipe_path), from_environment(os.environ, launched_by()[1])
     engine = backend.start(strategy, 3, 1, 1.0)
     network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
     ids = torch.arange(16)[None]

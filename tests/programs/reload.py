@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetune.data.prepare import prepare
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 
 
 def load(run: Path, in_4_bits: bool):
@@ -31,7 +31,7 @@ def load(run: Path, in_4_bits: bool):
 
 @torch.no_grad()
 def evaluation_loss(run: Path) -> float:
-    loaded = recipe.load(run / "recipe.yaml")
+    loaded = load_recipe(run / "recipe.yaml")
     rows = prepare(loaded, AutoTokenizer.from_pretrained(run / "model"), lambda text: None).evaluation
     model = load(run, loaded.recipe.model.load_in_4bit)
     loss, tokens = 0.0, 0

@@ -16,8 +16,8 @@ from finetune.engine.devices import prepare_libraries
 from finetune.engine.engine import Engine
 from finetune.engine.scale_check import check_scale
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
-from finetune.launch.parents import launched_by
+from finetune.launch.environment import from_environment
+from finetune.launch.launcher_command import launched_by
 
 right_step = Engine.micro_step
 
@@ -49,7 +49,7 @@ BROKEN = {f.__name__: f for f in (forgets_world, forgets_k, own_token_count, los
 def main() -> None:
     torch.set_num_threads(1)
     prepare_libraries()
-    strategy = launch.from_environment(os.environ, launched_by()[1])
+    strategy = from_environment(os.environ, launched_by()[1])
     found = {}
     for name, step in {"": right_step, **BROKEN, "again": right_step}.items():
         Engine.micro_step = step

@@ -15,14 +15,14 @@ import torch
 from finetune.engine import engine as backend
 from finetune.engine.deepspeed.config import parameter_elements
 from finetune.engine.devices import prepare_libraries
-from finetune.launch import strategy as launch
-from finetune.launch.parents import launched_by
+from finetune.launch.environment import from_environment
+from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 
 
 def load(recipe_path: str, strategy, device):
-    loaded = recipe.load(recipe_path)
+    loaded = load_recipe(recipe_path)
     return model.load_model(loaded, strategy, model.facts(loaded), device)
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     recipe_path, out = sys.argv[1:]
     torch.set_num_threads(1)
     prepare_libraries()
-    strategy = launch.from_environment(os.environ, launched_by()[1])
+    strategy = from_environment(os.environ, launched_by()[1])
     engine = backend.start(strategy, 2, 1, 1.0)
     network = load(recipe_path, strategy, engine.device)
     parameters = list(network.parameters())

@@ -16,11 +16,11 @@ import torch
 from finetune.engine import engine as backend
 from finetune.engine.optim import make_optimizer
 from finetune.engine.storages import StorageTracker
-from finetune.launch import strategy as launch
+from finetune.launch.strategy import one_process
 from finetune.memory.trace import Numbers, Shape, profile
 from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from tests.support.tiny_models import FAMILIES, small_recipe
 
 ROWS, TOKENS = 3, 40
@@ -29,9 +29,7 @@ LORA = ["lora.r=4", "lora.alpha=8"]
 
 def real_peaks(loaded, facts, padded: bool, precision: str) -> dict[int, int]:
     """Peak bytes of a window of 1 and of 2 micro-batches, once the optimizer has its states."""
-    engine = backend.start(
-        launch.one_process(precision, use_cpu=True), 2, ROWS, loaded.recipe.training.max_grad_norm, print
-    )
+    engine = backend.start(one_process(precision, use_cpu=True), 2, ROWS, loaded.recipe.training.max_grad_norm, print)
     network = model.load_model(loaded, engine.strategy, facts, engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, engine.strategy))
     batch = {name: torch.ones(ROWS, TOKENS, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
@@ -68,7 +66,7 @@ def main(folder: Path, every: bool) -> None:
     whole = itertools.product(FAMILIES, (False, True), (False, True), ("no", "bf16"), (False, True))
     for family, checkpointing, lora, precision, padded in whole if every else cases():
         overrides = [f"training.gradient_checkpointing={str(checkpointing).lower()}", *(LORA if lora else [])]
-        loaded = recipe.load(recipes[family], overrides)
+        loaded = load_recipe(recipes[family], overrides)
         facts = model.facts(loaded)
         real = real_peaks(loaded, facts, padded, precision)
         for k, peak in real.items():

@@ -23,19 +23,20 @@ from finetune.engine.deepspeed.buffers import fill_in, filled_in
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
 from finetune.engine.storages import StorageTracker
-from finetune.launch import strategy as launch
+from finetune.launch.environment import from_environment
+from finetune.launch.strategy import Strategy
 from finetune.memory.trace import weights_of
 from finetune.model import load as model
 from finetune.model.parameters import Weights
 from finetune.objectives.sft import SummedLoss
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from finetune.training.one_batch_reference import relative
 
 ROWS, TOKENS = 2, 32
 references: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
 
 
-def strategy_of(case: dict) -> launch.Strategy:
+def strategy_of(case: dict) -> Strategy:
     """What accelerate reads from its environment under such a launch file."""
     os.environ.update(
         {
@@ -48,20 +49,20 @@ def strategy_of(case: dict) -> launch.Strategy:
     for section in ("OPTIMIZER", "PARAM"):
         os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{section}_DEVICE"] = case[f"offload_{section.lower()}"]
         os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{section}_NVME_PATH"] = case.get("nvme_path", "none")
-    return launch.from_environment(os.environ)
+    return from_environment(os.environ)
 
 
 @cache
 def outline(recipe_path: str, overrides: tuple[str, ...]) -> Weights:
     """The model's parameters, before an engine under which they are sharded."""
-    loaded = recipe.load(recipe_path, overrides)
+    loaded = load_recipe(recipe_path, overrides)
     return weights_of(model.outline(loaded, model.facts(loaded)), loaded)
 
 
 def measure(case: dict, recipe_path: str) -> dict:
     """One engine, two windows."""
     started = time.perf_counter()
-    strategy, loaded, tracker = strategy_of(case), recipe.load(recipe_path, case["overrides"]), StorageTracker()
+    strategy, loaded, tracker = strategy_of(case), load_recipe(recipe_path, case["overrides"]), StorageTracker()
     facts = model.facts(loaded)
     outlined = outline(recipe_path, tuple(case["overrides"]))
     with tracker:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from finetune.launch import compatibility
-from finetune.launch import strategy as launch
+from finetune.launch.config_file import read_launch_file
 from finetune.launch.preflight import settle
-from finetune.recipe.load import load
+from finetune.recipe.load import load_recipe
 from finetune.recipe.strict_yaml import parse
 from finetune.training.run import train_in_place
 from tests.support.data import write_jsonl
@@ -31,7 +31,7 @@ NAMES = [f"{path.parent.name}/{path.name}" for path in RECIPES]
 
 
 def test_the_catalogue_holds_what_was_promised():
-    settings = [load(path, here(path)).recipe for path in RECIPES]
+    settings = [load_recipe(path, here(path)).recipe for path in RECIPES]
     hub_ids = {parse(path.read_text()).value["model"]["name_or_path"] for path in RECIPES}
     assert len(RECIPES) >= 11
     assert {
@@ -71,7 +71,7 @@ def test_every_recipe_goes_with_every_launch_file_or_the_table_says_why_not(path
     overrides = here(path)
     if path.parent.name == "quickstart":
         overrides += ["training.global_batch_size=64"]  # its small batch does not divide over sixteen GPUs
-    loaded, strategy = load(path, overrides), launch.read(file)
+    loaded, strategy = load_recipe(path, overrides), read_launch_file(file)
     refused = compatibility.refusals(loaded, strategy)
     expected = []
     if loaded.recipe.model.load_in_4bit and strategy.zero_stage == 3:
@@ -107,7 +107,7 @@ def test_two_steps_with_a_tiny_model_of_the_same_family(path, tiny, tmp_path, mo
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     family = next(FAMILY[name] for name in FAMILY if path.parent.name.startswith(name))
     model = tiny(family)
-    loss_on = load(path, here(path)).recipe.data.loss_on
+    loss_on = load_recipe(path, here(path)).recipe.data.loss_on
     data = model.parent / ("text.jsonl" if loss_on == "all" else "chat.jsonl")
     overrides = [
         f"model.name_or_path={model}",
@@ -124,5 +124,5 @@ def test_two_steps_with_a_tiny_model_of_the_same_family(path, tiny, tmp_path, mo
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
     assert sum("eval_loss" in row for row in rows) == 2
-    adapter = load(path, here(path)).recipe.lora is not None
+    adapter = load_recipe(path, here(path)).recipe.lora is not None
     assert (tmp_path / "run" / "model" / ("adapter_model.safetensors" if adapter else "model.safetensors")).is_file()

@@ -5,8 +5,9 @@ import os
 import pytest
 
 from finetune.errors import UserError
+from finetune.recipe.fields import Recipe
 from finetune.recipe.foreign_keys import BY_TOOL, FOREIGN, SAID_IN_WORDS
-from finetune.recipe.load import Recipe, load
+from finetune.recipe.load import load_recipe
 from finetune.recipe.suggest import LATER, suggest
 from finetune.recipe.validate import own_keys
 
@@ -17,7 +18,7 @@ def problems(tmp_path, text, *overrides):
     """The messages about a recipe, with the folder's name cut off."""
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
-        load(tmp_path / "recipe.yaml", overrides)
+        load_recipe(tmp_path / "recipe.yaml", overrides)
     return [message.replace(f"{tmp_path}/", "") for message in caught.value.messages]
 
 
@@ -182,23 +183,25 @@ def test_an_override_given_twice_is_refused(tmp_path):
 def test_files_that_are_no_recipe(tmp_path, content, words):
     (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(UserError) as caught:
-        load(tmp_path / "recipe.yaml")
+        load_recipe(tmp_path / "recipe.yaml")
     assert words in str(caught.value)
 
 
 def test_a_device_memory_in_file_and_override(tmp_path):
     (tmp_path / "recipe.yaml").write_text(MINIMAL + "training: {device_memory: 40GB}\n")
-    assert load(tmp_path / "recipe.yaml").recipe.training.device_memory == "40GB"
-    assert load(tmp_path / "recipe.yaml", ["training.device_memory=2GiB"]).recipe.training.device_memory == "2GiB"
+    assert load_recipe(tmp_path / "recipe.yaml").recipe.training.device_memory == "40GB"
+    assert (
+        load_recipe(tmp_path / "recipe.yaml", ["training.device_memory=2GiB"]).recipe.training.device_memory == "2GiB"
+    )
     (tmp_path / "recipe.yaml").write_text(MINIMAL)
-    assert load(tmp_path / "recipe.yaml").recipe.training.device_memory == "auto"
+    assert load_recipe(tmp_path / "recipe.yaml").recipe.training.device_memory == "auto"
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(UserError, match="no such recipe file"):
-        load(tmp_path / "gone.yaml")
+        load_recipe(tmp_path / "gone.yaml")
     with pytest.raises(UserError, match="is a folder"):
-        load(tmp_path)
+        load_recipe(tmp_path)
 
 
 def test_keys_that_come_later_are_refused_by_name(tmp_path):

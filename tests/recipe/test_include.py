@@ -3,7 +3,7 @@
 import pytest
 
 from finetune.errors import UserError
-from finetune.recipe.load import load
+from finetune.recipe.load import load_recipe
 
 BASE = """\
 model: {name_or_path: org/model}
@@ -34,13 +34,13 @@ def write(tmp_path, monkeypatch):
 
 def problems(*overrides):
     with pytest.raises(UserError) as caught:
-        load("recipe.yaml", overrides)
+        load_recipe("recipe.yaml", overrides)
     return list(caught.value.messages)
 
 
 def test_the_file_wins_over_what_it_includes_and_sections_are_merged(write):
     write(base=BASE, recipe="include: base.yaml\ntraining: {seed: 2}\nlora: {r: 4}\n")
-    loaded = load("recipe.yaml")
+    loaded = load_recipe("recipe.yaml")
     training = loaded.recipe.training
     assert (training.seed, training.num_train_epochs, loaded.recipe.lora.r) == (2, 3, 4)
     assert loaded.where("training.seed") == "recipe.yaml:2"
@@ -56,18 +56,18 @@ def test_later_includes_win_over_earlier_ones(write):
         recipe="include: [a.yaml, b.yaml, base.yaml]\n",
         base=BASE.replace("seed: 1", "optim: sgd"),
     )
-    training = load("recipe.yaml").recipe.training
+    training = load_recipe("recipe.yaml").recipe.training
     assert (training.seed, training.weight_decay, training.optim) == (2, 0.1, "sgd")
 
 
 def test_lists_are_replaced(write, tmp_path):
     write(base=BASE, recipe="include: base.yaml\ndata: {train: [{path: org/a}, {path: org/b}]}\n")
-    assert [source.path for source in load("recipe.yaml").recipe.data.train] == ["org/a", "org/b"]
+    assert [source.path for source in load_recipe("recipe.yaml").recipe.data.train] == ["org/a", "org/b"]
 
 
 def test_of_two_keys_that_exclude_each_other_the_including_file_wins(write):
     write(base=BASE, recipe="include: base.yaml\ntraining: {max_steps: 5}\n")
-    training = load("recipe.yaml").recipe.training
+    training = load_recipe("recipe.yaml").recipe.training
     assert (training.num_train_epochs, training.max_steps) == (None, 5)
     write(recipe="include: base.yaml\ntraining: {max_steps: 5, num_train_epochs: 1}\n")
     assert "both given" in problems()[0]
@@ -76,11 +76,11 @@ def test_of_two_keys_that_exclude_each_other_the_including_file_wins(write):
 def test_paths_and_includes_start_at_the_file_that_says_them(write, tmp_path):
     folder = write(recipe="include: sub/mid.yaml\n", sub__mid="include: deep/base.yaml\n", sub__deep__base=BASE)
     (folder / "sub" / "deep" / "rows.jsonl").write_text("{}\n")
-    loaded = load("recipe.yaml")
+    loaded = load_recipe("recipe.yaml")
     assert loaded.recipe.data.train[0].path == str(tmp_path / "sub" / "deep" / "rows.jsonl")
     assert loaded.where("data.train[0].path") == "sub/deep/base.yaml:3"
     (folder / "sub" / "deep" / "rows.jsonl").unlink()
-    assert load("recipe.yaml").recipe.data.train[0].path == str(tmp_path / "rows.jsonl")
+    assert load_recipe("recipe.yaml").recipe.data.train[0].path == str(tmp_path / "rows.jsonl")
 
 
 def test_errors_point_at_the_file_that_holds_the_line(write):
@@ -110,7 +110,7 @@ def test_circles_are_refused_with_the_chain(write):
 
 def test_the_same_file_may_be_reached_twice_but_not_without_end(write):
     write(base=BASE, a="include: base.yaml\n", b="include: base.yaml\n", recipe="include: [a.yaml, b.yaml]\n")
-    assert load("recipe.yaml").recipe.training.seed == 1
+    assert load_recipe("recipe.yaml").recipe.training.seed == 1
     write(recipe=f"include: [{', '.join(['a.yaml'] * 40)}]\n")
     assert "include reads more than 50 files" in problems()[0]
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from finetune.errors import UserError
 from finetune.recipe.fields import OPTIM_ALIASES
-from finetune.recipe.load import load
+from finetune.recipe.load import load_recipe
 
 MINIMAL = """\
 model: {name_or_path: org/model}
@@ -31,7 +31,7 @@ def recipe(tmp_path, monkeypatch):
 
     def write(text=MINIMAL, *overrides):
         (folder / "recipe.yaml").write_text(text)
-        return load("../recipes/recipe.yaml", overrides)
+        return load_recipe("../recipes/recipe.yaml", overrides)
 
     return write
 
@@ -129,7 +129,7 @@ def test_the_dump_is_a_recipe_that_loads_as_the_same(recipe, tmp_path, monkeypat
     assert "null" not in loaded.dump()
     (tmp_path / "resolved.yaml").write_text(loaded.dump())
     monkeypatch.chdir("/")
-    again = load(tmp_path / "resolved.yaml")
+    again = load_recipe(tmp_path / "resolved.yaml")
     assert again.recipe == loaded.recipe
     assert again.dump() == loaded.dump()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.recipe.load import load
+from finetune.recipe.load import load_recipe
 from finetune.recipe.strict_yaml import KeyPath, dotted, parse
 from finetune.recipe.validate import own_keys
 
@@ -138,7 +138,7 @@ def test_no_broken_recipe_is_accepted_and_the_message_leads_to_the_right_key(tmp
         recipe.write_text(text, encoding="utf-8")
         total[kind] += 1
         with pytest.raises(UserError) as caught:  # anything else would be a traceback
-            load(recipe)
+            load_recipe(recipe)
             pytest.fail(f"{name}: {kind}: {dotted(path)} was accepted")
         about = [m for m in caught.value.messages if f"{recipe}:" in m and f" {named} " in m]
         assert about, (name, kind, dotted(path), caught.value.messages)
@@ -159,4 +159,4 @@ def test_no_broken_recipe_is_accepted_and_the_message_leads_to_the_right_key(tmp
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_unbroken_the_same_recipes_load(file, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml_text(as_pairs(parse(file.read_text(encoding="utf-8")).value)))
-    load(tmp_path / "recipe.yaml")
+    load_recipe(tmp_path / "recipe.yaml")

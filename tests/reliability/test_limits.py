@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
+from finetune.launch.config_file import read_launch_file
 from finetune.process.host_memory import GIB, HostMemory, Need, check_disk, check_host, host_memory, host_need
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from tests.support.launch import CONFIGS, TRAIN, program, run
 from tests.support.tiny_models import small_recipe
 
@@ -65,7 +65,7 @@ def test_no_limit_is_the_machines_memory(tmp_path):
 
 
 def bytes_per_parameter(small: Path, config: str, *overrides: str, use_cpu: bool) -> float:
-    loaded, strategy = recipe.load(small, list(overrides)), launch.read(CONFIGS / config)
+    loaded, strategy = load_recipe(small, list(overrides)), read_launch_file(CONFIGS / config)
     need = host_need(loaded, strategy, 10**9, "bfloat16", use_cpu)
     return (need.total_bytes - need.parts["libraries"]) / 10**9 * strategy.ranks
 
@@ -88,7 +88,7 @@ def test_bytes_per_parameter_over_all_ranks(small):
 
 
 def test_too_much_is_refused_and_close_is_a_warning(small):
-    loaded, strategy = recipe.load(small, []), launch.read(CONFIGS / "cpu_2_ranks.yaml")
+    loaded, strategy = load_recipe(small, []), read_launch_file(CONFIGS / "cpu_2_ranks.yaml")
     need = Need({"libraries": 0, "weights": 50 * 2**40})
     said: list[str] = []
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_too_much_is_refused_and_close_is_a_warning(small):
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused_and_for_fewer_than_asked_is_a_warning(small, tmp_path):
-    loaded = recipe.load(small, ["checkpoint.save_total_limit=2"])
+    loaded = load_recipe(small, ["checkpoint.save_total_limit=2"])
     said: list[str] = []
     sizes = {"trained": 10**9, "export_bytes": 2 * 10**9, "say": said.append}
     with pytest.raises(UserError, match=rf"output_dir {tmp_path} has 10.2 GiB free, and one checkpoint takes 11.2 GiB"):

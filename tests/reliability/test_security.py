@@ -26,10 +26,10 @@ from finetune.engine import engine as backend
 from finetune.engine.optim import make_optimizer
 from finetune.engine.state import load_state
 from finetune.errors import UserError
-from finetune.launch import strategy as launch
+from finetune.launch.strategy import one_process
 from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from finetune.report import output_folder, redact
 from finetune.training.run import train_in_place
 from tests.support.launch import ROOT, environment, launch_file, program, run, train
@@ -121,8 +121,8 @@ def test_a_bomb_that_the_manifest_does_not_know_is_never_opened(kind, saved_runs
 @pytest.fixture(scope="module")
 def engine(saved_runs):
     """An engine in this process, as a resume of the plain run has it."""
-    loaded = recipe.load(saved_runs.recipe, COMMON)
-    strategy = launch.one_process(use_cpu=True)
+    loaded = load_recipe(saved_runs.recipe, COMMON)
+    strategy = one_process(use_cpu=True)
     engine = backend.start(strategy, 4, 2, 1.0)
     network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
@@ -175,21 +175,21 @@ def test_a_bomb_in_deepspeeds_shards_does_not_go_off_even_if_the_manifest_is_for
 def test_a_base_model_that_is_a_pickle_is_read_as_tensors_or_not_at_all(tmp_path, canary):
     path = small_recipe(tmp_path / "job")
     base = path.parent / "base"
-    loaded = recipe.load(path)
+    loaded = load_recipe(path)
     facts = model.facts(loaded)
     tensors = {
         name: p.detach().clone()
-        for name, p in model.load_model(loaded, launch.one_process(), facts, torch.device("cpu")).named_parameters()
+        for name, p in model.load_model(loaded, one_process(), facts, torch.device("cpu")).named_parameters()
     }
     (base / "model.safetensors").unlink()
     torch.save(tensors, base / "pytorch_model.bin")
-    assert model.load_model(loaded, launch.one_process(), facts, torch.device("cpu")) is not None, (
+    assert model.load_model(loaded, one_process(), facts, torch.device("cpu")) is not None, (
         "tensors in a pickle can be read"
     )
     for kind in ("torch", "old torch", "pickle"):
         (base / "pytorch_model.bin").write_bytes(bombs(canary)[kind])
         with pytest.raises(UserError, match="its weights cannot be loaded"):
-            model.load_model(loaded, launch.one_process(), facts, torch.device("cpu"))
+            model.load_model(loaded, one_process(), facts, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_bomb_among_the_files_of_model_and_tokenizer(name, tmp_path, canary):
     path = small_recipe(tmp_path / "job")
     for stray in ("vocab.pkl", "optimizer.pt", "training_args.bin", "adapter_model.bin", "pytorch_model.bin"):
         (base / stray).write_bytes(bombs(canary)["torch"])
-    loaded = recipe.load(path, [f"model.name_or_path={base}"])
+    loaded = load_recipe(path, [f"model.name_or_path={base}"])
     model.load_tokenizer(loaded)
     (base / name).write_bytes(bombs(canary)["pickle"])
     may_be_without = name == "generation_config.json"  # transformers goes on without one that it cannot read
@@ -220,7 +220,7 @@ def test_a_bomb_among_the_files_of_model_and_tokenizer(name, tmp_path, canary):
     ):
         facts = model.facts(loaded)
         model.load_tokenizer(loaded)
-        model.load_model(loaded, launch.one_process(), facts, torch.device("cpu"))
+        model.load_model(loaded, one_process(), facts, torch.device("cpu"))
 
 
 def test_a_runs_folder_cannot_say_that_code_is_trusted(saved_runs, tmp_path, canary):
@@ -260,7 +260,7 @@ def test_a_bomb_in_the_token_cache_is_written_anew(tmp_path, canary, monkeypatch
     from finetune.data.prepare import prepare
 
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    loaded = recipe.load(small_recipe(tmp_path / "job"))
+    loaded = load_recipe(small_recipe(tmp_path / "job"))
     tokenizer = model.load_tokenizer(loaded)
     first = prepare(loaded, tokenizer, lambda text: None)
     entry = Path(first.summary["cache_folder"])
@@ -285,7 +285,7 @@ def test_a_bomb_as_training_data(suffix, tmp_path, canary, monkeypatch):
     for kind, content in bombs(canary).items():
         file = tmp_path / f"{kind.replace(' ', '_')}{suffix}"
         file.write_bytes(content)
-        loaded = recipe.load(path, [f"data.train=[{{path: {file}}}]"])
+        loaded = load_recipe(path, [f"data.train=[{{path: {file}}}]"])
         with pytest.raises(UserError):
             prepare(loaded, model.load_tokenizer(loaded), lambda text: None)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 
 SPECIAL = (
     "<s> </s> <pad> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|user|>"
@@ -101,14 +101,14 @@ def chat_row(*contents: str, system: str | None = None) -> dict:
     return {"messages": messages}
 
 
-def load_recipe(folder: Path, train: Path | list[Path], *overrides: str, extra: str = ""):
+def recipe_of(folder: Path, train: Path | list[Path], *overrides: str, extra: str = ""):
     """A recipe over local files, loaded by the real reader; `extra` are more YAML lines of the data section."""
     (folder / "model").mkdir(exist_ok=True)
     paths = train if isinstance(train, list) else [train]
     sources = "".join(f"    - path: {path}\n" for path in paths)
     text = f"model: {{name_or_path: ./model}}\ndata:\n  train:\n{sources}{extra}output_dir: {folder}/out\n"
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    return recipe.load(folder / "recipe.yaml", overrides)
+    return load_recipe(folder / "recipe.yaml", overrides)
 
 
 def trained_texts(tokenizer, row) -> list[str]:

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune.batching.layout import split_into_micro_batches
 from finetune.batching.noise_scale import NoiseMeasurement, measure
-from finetune.batching.windows import Position, deal, next_window
+from finetune.batching.windows import Position, next_window
 from finetune.data.collate import collate
-from finetune.launch import strategy as launch
+from finetune.launch.strategy import one_process
 from finetune.model import load as model
 from finetune.objectives.sft import sft_loss, trained_tokens
-from finetune.recipe import load as recipe
+from finetune.recipe.load import load_recipe
 from finetune.training.job import prepare_plan
 from tests.support.launch import launch_file, train
 from tests.support.tiny_models import small_recipe
@@ -45,12 +46,12 @@ def steps(folder: Path) -> list[dict]:
 
 def first_window(recipe_path: Path, ranks: int) -> NoiseMeasurement:
     """The first window's measurement in plain torch: every micro-batch's gradient by itself."""
-    loaded = recipe.load(recipe_path, OVERRIDES)
-    plan = prepare_plan(loaded, launch.one_process(), lambda line: None)
-    network = model.load_model(loaded, launch.one_process(), plan.facts, torch.device("cpu"))
+    loaded = load_recipe(recipe_path, OVERRIDES)
+    plan = prepare_plan(loaded, one_process(), lambda line: None)
+    network = model.load_model(loaded, one_process(), plan.facts, torch.device("cpu"))
     window = next_window(Position(), len(plan.data.train), 8, loaded.recipe.training.seed)
     total, squares, tokens, count = None, 0.0, 0, 0
-    for micro_batch in (part for share in deal(window.rows, ranks, 2) for part in share):
+    for micro_batch in (part for share in split_into_micro_batches(window.rows, ranks, 2) for part in share):
         batch = collate([plan.data.train.row(i) for i in micro_batch], 0)
         network.zero_grad()
         sft_loss(network, batch).backward()

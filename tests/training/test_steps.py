@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from finetune.errors import Diverged
-from finetune.launch import strategy as launch
-from finetune.recipe import load as recipe
+from finetune.launch.strategy import one_process
+from finetune.recipe.load import load_recipe
 from finetune.training import job
 from finetune.training.step import clip_ratio, train
 from tests.support.tiny_models import small_recipe
@@ -22,7 +22,7 @@ def start(tmp_path, monkeypatch):
     path, running = small_recipe(tmp_path / "job"), []
 
     def start(*overrides: str) -> job.Job:
-        plan = job.prepare_plan(recipe.load(path, overrides), launch.one_process(), print)
+        plan = job.prepare_plan(load_recipe(path, overrides), one_process(), print)
         running.append(job.assemble(plan, print))
         return running[-1]
 

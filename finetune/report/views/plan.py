@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.report.console import human_bytes, human_seconds
+from finetune.report.text import human_bytes, human_seconds
 
 GIB = 2**30
 WIDEST = 140  # columns

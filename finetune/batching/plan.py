@@ -1,0 +1,100 @@
+"""The batch as a product: rows per optimizer step = rows per micro-batch x K x ranks. Pure, torch-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from finetune.batching.batch_size import BatchSchedule
+from finetune.errors import UserError
+from finetune.report.text import count
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """global_batch_rows = per_device_rows x accumulation_steps (K) x ranks, all known."""
+
+    global_batch_rows: int
+    per_device_rows: int
+    accumulation_steps: int
+    ranks: int
+    # the micro-batch is chosen by memory once the model and the rows are known; until then it is one row
+    open: bool = False
+
+    def steps(self, rows: int) -> int:
+        """K of a window of `rows` rows."""
+        return max(1, math.ceil(rows / (self.per_device_rows * self.ranks)))
+
+    def stages_line(self, schedule: BatchSchedule) -> str:
+        """One line for people: rows and K over the run."""
+        if schedule.adapts:
+            ends = [schedule.rows(0.0, doublings) for doublings in (schedule.least_doublings, schedule.most_doublings)]
+            between = " to ".join(f"{rows} rows (K={self.steps(rows)})" for rows in ends)
+            return f"then {between} by the gradient noise scale, measured every {schedule.measure_every} windows"
+        return ", ".join(
+            f"{rows} rows (K={self.steps(rows)}) until {until:.4g} of the run" for until, rows in schedule.stages
+        )
+
+    def line(self) -> str:
+        """One line for people: the product and its factors."""
+        if self.open:
+            return (
+                f"{self.global_batch_rows} rows per optimizer step over {count(self.ranks, 'rank')}; micro-batches (auto)"
+                " are the largest that fit training.device_memory"
+            )
+        return (
+            f"{self.global_batch_rows} rows per optimizer step = {count(self.per_device_rows, 'row')} per micro-batch"
+            f" x K={self.accumulation_steps} micro-batches x {count(self.ranks, 'rank')}"
+        )
+
+
+def derive_batch(global_batch: int | str, per_device: int | str, steps: int | str, ranks: int, where=str) -> BatchPlan:
+    """Fill in the one value that is `auto` and check the product.
+
+    `where(key)` names the place of a recipe key for messages. Raises UserError with the arithmetic and the nearest
+    fixes."""
+    key = "training.global_batch_size"
+    if per_device == AUTO and steps == AUTO:
+        if global_batch == AUTO:
+            raise UserError(
+                f"{where(key)}: {key}, per_device_train_batch_size and gradient_accumulation_steps are all auto. Set"
+                " one."
+            )
+        return BatchPlan(global_batch, 1, _quotient(global_batch, 1, ranks, "rows", where), ranks, open=True)
+    if global_batch == AUTO:
+        if AUTO in (per_device, steps):
+            raise UserError(
+                f"{where(key)}: {key} is auto, so per_device_train_batch_size and"
+                " gradient_accumulation_steps must both be numbers."
+            )
+        return BatchPlan(per_device * steps * ranks, per_device, steps, ranks)
+    if per_device == AUTO:
+        return BatchPlan(global_batch, _quotient(global_batch, steps, ranks, "micro-batches", where), steps, ranks)
+    if steps == AUTO:
+        return BatchPlan(global_batch, per_device, _quotient(global_batch, per_device, ranks, "rows", where), ranks)
+    if per_device * steps * ranks != global_batch:
+        raise UserError(
+            f"{where(key)}: {key} is {global_batch}, but {per_device} rows x {steps} micro-batches x {ranks} ranks ="
+            f" {per_device * steps * ranks}. Use global_batch_size {per_device * steps * ranks}, or let one of"
+            " per_device_train_batch_size and gradient_accumulation_steps be auto."
+        )
+    return BatchPlan(global_batch, per_device, steps, ranks)
+
+
+def _quotient(global_batch: int, factor: int, ranks: int, unit: str, where) -> int:
+    unit_rows = factor * ranks
+    if global_batch % unit_rows == 0:
+        return global_batch // unit_rows
+    other = "per_device_train_batch_size" if unit == "rows" else "gradient_accumulation_steps"
+    below = global_batch // unit_rows * unit_rows
+    fixes = " or ".join(str(n) for n in (below, below + unit_rows) if n > 0)
+    divisors = [d for d in range(1, global_batch + 1) if global_batch % (d * ranks) == 0]
+    if divisors:
+        fixes += f", or {other} {min(divisors, key=lambda d: (abs(d - factor), -d))}"
+    key = "training.global_batch_size"
+    raise UserError(
+        f"{where(key)}: {key} is {global_batch}, but {factor} {unit} x {ranks} ranks = {unit_rows} does not divide it."
+        f" Use {fixes}."
+    )
