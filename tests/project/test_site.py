@@ -100,9 +100,8 @@ def test_every_link_within_the_site_leads_to_a_page_and_a_heading(site, pages):
                 continue
             target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
             target = target / "index.html" if target.is_dir() else target
-            if not target.is_file() or (
-                parts.fragment and target in pages and parts.fragment not in pages[target].names
-            ):
+            named = target not in pages or parts.fragment in ("", *pages[target].names)
+            if not (target.is_file() and named):
                 wrong.append(f"{file.relative_to(site)}: {link}")
     assert not wrong, "\n".join(wrong)
 
