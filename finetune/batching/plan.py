@@ -41,8 +41,8 @@ class BatchPlan:
         """One line for people: the product and its factors."""
         if self.open:
             return (
-                f"{self.global_batch_rows} rows per optimizer step over {count(self.ranks, 'rank')}; micro-batches (auto)"
-                " are the largest that fit training.device_memory"
+                f"{self.global_batch_rows} rows per optimizer step over {count(self.ranks, 'rank')};"
+                " micro-batches (auto) are the largest that fit training.device_memory"
             )
         return (
             f"{self.global_batch_rows} rows per optimizer step = {count(self.per_device_rows, 'row')} per micro-batch"

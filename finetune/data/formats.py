@@ -9,17 +9,8 @@ from dataclasses import dataclass
 
 from finetune.data.messages import as_messages, as_tools, check_unicode, kind_name
 from finetune.errors import UserError
+from finetune.recipe.row_formats import FORMATS
 
-# format -> (columns it needs, columns it also reads); auto takes the first whose needed columns are all there.
-FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "preference": (("chosen", "rejected"), ("messages", "conversations", "prompt", "system", "tools")),
-    "messages": (("messages",), ("system", "tools")),
-    "sharegpt": (("conversations",), ("system", "tools")),
-    "alpaca": (("instruction", "output"), ("input", "system", "history")),
-    "prompt_completion": (("prompt", "completion"), ("system", "tools")),
-    "text": (("text",), ()),
-}
-COLUMNS = tuple(dict.fromkeys(name for needed, more in FORMATS.values() for name in (*needed, *more)))
 # Other names in wide use, taken where ours is missing.
 _ALIASES = {"output": "response", "completion": "response", "input": "context", "messages": "conversation"}
 _NEEDED = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -15,12 +14,12 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from finetune.errors import UserError
+from finetune.process.parent_death import signal_on_parent_death
 
 T = TypeVar("T")
 BATCH_ROWS = 256  # conversations or documents handed to the tokenizer at once
 _ALONE_BATCHES = 8  # below this, starting processes costs more than it saves
 _MAX_PROCESSES = 32
-_PR_SET_PDEATHSIG = 1
 _function: Callable[[list], Sequence] | None = None
 
 
@@ -71,8 +70,7 @@ def _start(function: Callable[[list], Sequence], parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     # The file lock of the cache is inherited: were the parent killed, an orphan would hold it for ever.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if not signal_on_parent_death(signal.SIGKILL, parent):
         os._exit(1)
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from finetune.data.files import Record, content_hash, expand, read_files
-from finetune.data.formats import COLUMNS, Shape, SourceRow, recognise, to_row
+from finetune.data.formats import Shape, SourceRow, recognise, to_row
 from finetune.errors import UserError
 from finetune.recipe.fields import SourceSection
 from finetune.recipe.load import Loaded
@@ -50,17 +50,6 @@ def open_sources(loaded: Loaded, part: str) -> list[Source]:
     sources = []
     for i, section in enumerate(sections):
         key = f"data.{part}[{i}]"
-        if part == "eval" and section.weight != 1:
-            raise UserError(
-                f"{loaded.where(f'{key}.weight')}: {key}.weight is {section.weight:g}, but evaluation takes"
-                " every row once. Leave weight out."
-            )
-        for ours in section.columns:
-            if ours not in COLUMNS:
-                raise UserError(
-                    f"{loaded.where(f'{key}.columns')}: {key}.columns names '{ours}', which is none"
-                    f" of ours: {', '.join(COLUMNS)}. Write {{ours: theirs}}."
-                )
         streaming = loaded.recipe.data.streaming and part == "train"
         sources.append(open_source(section, f"{loaded.where(f'{key}.path')}: data.{part}", streaming))
     return sources

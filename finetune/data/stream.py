@@ -25,6 +25,7 @@ from finetune.data.token_cache import IGNORED, Row, get_or_build
 from finetune.data.tokenization import Dropped, Encoded, chat_batch, document_batch, join_blocks, text_prefix
 from finetune.errors import UserError
 from finetune.recipe.load import Loaded
+from finetune.report.text import count
 
 BLOCK_ROWS = 4096  # rows that are shuffled together; they are in memory together too
 _CHECKED_ROWS = 256
@@ -66,7 +67,6 @@ def open_stream(loaded: Loaded, tokenizer, say: Callable[[str], None]) -> Prepar
     weight is read; a hub data set is checked by its first rows. `summary` has the figures of those first rows,
     `streaming` True, and the vocabulary's last id as `max_token_id`. Raises UserError.
     """
-    _check_settings(loaded)
     section = loaded.recipe.data
     changed = loaded.recipe.model_copy(update={"data": section.model_copy(update={"max_rows": _CHECKED_ROWS})})
     checked = prepare(replace(loaded, recipe=changed), tokenizer, lambda line: None)
@@ -76,28 +76,9 @@ def open_stream(loaded: Loaded, tokenizer, say: Callable[[str], None]) -> Prepar
         _read_through(source, say)
     samples = partial(mixed, tokenizer, formats, loaded, sources)
     summary = {**checked.summary, "streaming": True, "max_token_id": max(tokenizer.get_vocab().values())}
-    say(f"data: {len(sources)} source{'s' if len(sources) != 1 else ''} streamed, tokenised while training")
+    say(f"data: {count(len(sources), 'source')} streamed, tokenised while training")
     rows = StreamRows(samples, section.max_length, f"{checked.train.fingerprint}-stream")
     return PreparedData(rows, checked.evaluation, summary)
-
-
-def _check_settings(loaded: Loaded) -> None:
-    data, problems = loaded.recipe.data, []
-    where = loaded.where("data.streaming")
-    if loaded.recipe.training.max_steps is None:
-        problems.append(f"{where}: data.streaming is true, so the end is not known: set training.max_steps.")
-    if data.eval_fraction is not None:
-        problems.append(
-            f"{loaded.where('data.eval_fraction')}: data.eval_fraction needs all rows before training, but"
-            " data.streaming is true. Name evaluation rows in data.eval instead."
-        )
-    if data.max_rows is not None:
-        problems.append(
-            f"{loaded.where('data.max_rows')}: data.max_rows does not go with data.streaming: true."
-            " training.max_steps says how many rows are taken."
-        )
-    if problems:
-        raise UserError(problems)
 
 
 def _read_through(source: Source, say: Callable[[str], None]) -> None:
@@ -106,8 +87,8 @@ def _read_through(source: Source, say: Callable[[str], None]) -> None:
         return
 
     def read(folder) -> None:
-        count = sum(1 for _ in source.read())
-        (folder / "summary.json").write_text(f'{{"rows": {count}}}', encoding="utf-8")
+        rows = sum(1 for _ in source.read())
+        (folder / "summary.json").write_text(f'{{"rows": {rows}}}', encoding="utf-8")
 
     get_or_build(f"checked-{source.key()}", lambda folder: (folder / "summary.json").exists(), read, say)
 

@@ -5,7 +5,6 @@ trainer's own status and message.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from finetune.errors import FinetuneError
@@ -24,8 +24,8 @@ from finetune.process import heartbeat, root_cause
 from finetune.process.exit_status import REPORT_FILE
 from finetune.process.heartbeat import SHARED_FOLDER
 from finetune.process.host_memory import host_memory, kills_for_memory
+from finetune.process.parent_death import signal_on_parent_death
 from finetune.process.root_cause import End
-from finetune.process.stop_signals import PR_SET_PDEATHSIG
 
 SAVING_SECONDS = 600  # how long torchrun waits for ranks that were asked to stop before it kills them
 
@@ -147,7 +147,7 @@ def _run(command: list[str], environment: dict[str, str], stdout: int | None) ->
         stdout=stdout,
         # a terminal's Ctrl-C is for this process alone: it ends launchers before their ranks have saved
         start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=partial(signal_on_parent_death, signal.SIGTERM, os.getpid()),
     )
 
     def ranks() -> list[int]:
@@ -176,7 +176,3 @@ def _run(command: list[str], environment: dict[str, str], stdout: int | None) ->
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -95,7 +95,7 @@ def at(words: str, rows: Sequence[int] | None = None, shape: Sequence[int] = (),
     global _record
     _record = _record or _Record()
     if rows is not None:
-        names = f"row{'s' * (len(rows) != 1)} {row_numbers(rows)}" if rows else "no rows"
+        names = f"{'row' if len(rows) == 1 else 'rows'} {row_numbers(rows)}" if rows else "no rows"
         words += f", {names} ({' x '.join(map(str, shape))} tokens)"
     _record.move(words, slow)
 

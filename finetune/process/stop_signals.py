@@ -5,10 +5,8 @@ saving."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from pathlib import Path
 
 from finetune.process import heartbeat, root_cause
 from finetune.process.exit_status import say
+from finetune.process.parent_death import signal_on_parent_death
 from finetune.process.root_cause import End
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"  # in the output folder
@@ -25,20 +24,14 @@ EXTRA_STOP_FILE = (  # environment variable: a second place for STOP, for launch
     "FINETUNE_STOP_FILE"
 )
 LAUNCHER_DIED = signal.SIGUSR1  # what the kernel sends us; schedulers send it too, as an early warning
-PR_SET_PDEATHSIG = 1
 # one Ctrl-C reaches a rank up to three times: by the terminal, its launcher, and the launcher's death
 SECOND_SECONDS = 2.0
 
 
 def follow_launcher() -> None:
-    """Let the kernel tell this process when its launcher dies: `accelerate launch` leaves its trainer behind as an
-    orphan.
-    """
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(LAUNCHER_DIED))
-        if os.getppid() != parent:  # it died in between
-            os.kill(os.getpid(), LAUNCHER_DIED)
+    """Stop this process when its launcher dies: `accelerate launch` leaves its trainer behind as an orphan."""
+    if not signal_on_parent_death(LAUNCHER_DIED, os.getppid()):
+        os.kill(os.getpid(), LAUNCHER_DIED)
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from finetune.recipe.sizes import PATTERN, parse_bytes
+from finetune.recipe.field_types import (
+    AUTO_OR_SIZE,
+    LayerName,
+    NonEmpty,
+    PositiveInt,
+    Section,
+    Stage,
+    canonical_optimizer,
+)
+from finetune.recipe.sizes import PATTERN
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonEmpty = Annotated[str, Field(min_length=1)]
-
-# Hugging Face's names for the optimizers, each with ours.
-OPTIM_ALIASES = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-    "adamw_apex_fused": "adamw",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "adamw_bnb_paged_8bit": "paged_adamw_8bit",
-    "adamw_8bit_paged": "paged_adamw_8bit",
-}
 # Of each pair at most one may be set; the second displaces the first one's default.
 EXCLUSIVE = (
     (("training", "num_train_epochs"), ("training", "max_steps")),
@@ -28,41 +24,6 @@ EXCLUSIVE = (
     (("data", "eval"), ("data", "eval_fraction")),
 )
 LEARNING_RATE_FULL, LEARNING_RATE_LORA = 2.0e-5, 2.0e-4
-
-
-def _ours(name: Any) -> Any:
-    return OPTIM_ALIASES.get(name, name) if isinstance(name, str) else name
-
-
-def _a_layer(name: str) -> str:
-    if name == "all-linear":
-        raise ValueError("all-linear stands alone, not in a list: no layer is called so")
-    return name
-
-
-def _auto_or_size(value: Any) -> Any:
-    if value != "auto":
-        parse_bytes(value)
-    return value
-
-
-AUTO_OR_SIZE = BeforeValidator(_auto_or_size)  # recipe_check.py knows it by itself, to say what parse_bytes says
-Share = Annotated[float, Field(gt=0, le=1)]
-Stage = Annotated[list[Share], Field(min_length=2, max_length=2)]
-LayerName = Annotated[NonEmpty, AfterValidator(_a_layer)]
-
-
-class Section(BaseModel):
-    """Strict: a key that is not declared is an error, and so is a value of another type."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
 
 
 class ModelSection(Section):
@@ -170,7 +131,9 @@ class TrainingSection(Section):
     """
     reference_batch_size: PositiveInt | None = None
     """The global batch, in rows, that learning_rate was chosen for. Required with lr_scaling."""
-    optim: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"], BeforeValidator(_ours)] = "adamw"
+    optim: Annotated[
+        Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"], BeforeValidator(canonical_optimizer)
+    ] = "adamw"
     """Optimizer; Hugging Face's names are aliases. The backend picks the implementation and prints it."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""

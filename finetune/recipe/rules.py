@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune.recipe.fields import Recipe
+from finetune.recipe.row_formats import COLUMNS
 
 
 @dataclass(frozen=True)
 class Incompatible:
     """Settings that are refused together; a line of docs/compatibility.md.
 
-    `holds` takes the recipe, and the strategy too where the launch file is part of it (finetune/launch/compatibility.py).
+    `holds` takes the recipe; for the rows of finetune/launch/compatibility.py it takes the recipe and the strategy.
     """
 
     recipe: str  # the recipe's part, in words
@@ -101,13 +102,49 @@ RECIPE_ROWS = (
         reason="sizes are the global batch times powers of two, and none but 1 lies between smallest and largest",
         instead="use smallest 0.5 or less, or largest 2 or more",
     ),
+    Incompatible(
+        recipe="data.streaming: true without training.max_steps",
+        key="data.streaming",
+        holds=lambda recipe: recipe.data.streaming and recipe.training.max_steps is None,
+        reason="a stream has no end that is known beforehand",
+        instead="set training.max_steps",
+    ),
+    Incompatible(
+        recipe="data.eval_fraction with data.streaming: true",
+        key="data.eval_fraction",
+        holds=lambda recipe: recipe.data.streaming and recipe.data.eval_fraction is not None,
+        reason="data.streaming is true, and a share of all rows is not known before they are read",
+        instead="name evaluation rows in data.eval",
+    ),
+    Incompatible(
+        recipe="data.max_rows with data.streaming: true",
+        key="data.max_rows",
+        holds=lambda recipe: recipe.data.streaming and recipe.data.max_rows is not None,
+        reason="data.streaming is true, and training.max_steps says how many rows are taken",
+        instead="leave data.max_rows out",
+    ),
 )
 
 
 def recipe_refusals(recipe: Recipe) -> list[tuple[str, str]]:
     """(dotted key, sentence) for what a recipe alone gets wrong between two of its own values."""
     rows = [row for row in RECIPE_ROWS if row.holds(recipe)]
-    return [(row.key, f"{row.key} is {value_of(recipe, row.key)}, but {row.reason}: {row.instead}.") for row in rows]
+    found = [(row.key, f"{row.key} is {value_of(recipe, row.key)}, but {row.reason}: {row.instead}.") for row in rows]
+    return found + _source_refusals(recipe)
+
+
+def _source_refusals(recipe: Recipe) -> list[tuple[str, str]]:
+    parts = (("train", recipe.data.train), ("eval", recipe.data.eval or []))
+    sources = [(part, f"data.{part}[{i}]", source) for part, found in parts for i, source in enumerate(found)]
+    wrong = []
+    for part, key, source in sources:
+        if part == "eval" and source.weight != 1:
+            said = f"{key}.weight is {source.weight:g}, but evaluation takes every row once: leave weight out."
+            wrong.append((f"{key}.weight", said))
+        for name in [name for name in source.columns if name not in COLUMNS]:
+            said = f"{key}.columns names '{name}', which is none of ours: {', '.join(COLUMNS)}. Write {{ours: theirs}}."
+            wrong.append((f"{key}.columns", said))
+    return wrong
 
 
 def value_of(recipe: Recipe, key: str) -> str:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from finetune.recipe.fields import AUTO_OR_SIZE, EXCLUSIVE, Recipe, Section
+from finetune.recipe.field_types import AUTO_OR_SIZE, Section
+from finetune.recipe.fields import EXCLUSIVE, Recipe
 from finetune.recipe.rules import recipe_refusals
 from finetune.recipe.sizes import parse_bytes
 from finetune.recipe.strict_yaml import KeyPath, dotted, key_path

@@ -17,7 +17,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from finetune.launch import compatibility
-from finetune.recipe.fields import EXCLUSIVE, OPTIM_ALIASES, Recipe, Section
+from finetune.recipe.field_types import OPTIM_ALIASES, Section
+from finetune.recipe.fields import EXCLUSIVE, Recipe
 from finetune.recipe.foreign_keys import BY_TOOL, SAID_IN_WORDS
 from finetune.recipe.strict_yaml import dotted
 from finetune.recipe.validate import allowed, child_section, show

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from finetune.errors import UserError
-from finetune.recipe.fields import OPTIM_ALIASES
+from finetune.recipe.field_types import OPTIM_ALIASES
 from finetune.recipe.load import load_recipe
 
 MINIMAL = """\
