@@ -116,7 +116,7 @@ def advice(loaded: Loaded, batch: BatchPlan, max_grad_norm: float) -> list[str]:
     key = "training.max_grad_norm"
     return [
         f"warning: {loaded.where(key)}: {key} is 0, so nothing clips the gradient of K={batch.accumulation_steps}"
-        " micro-batches: one bad row moves the weights unchecked. Use 1.0 unless you mean it."
+        " micro-batches: a single outlier can cause an arbitrarily large update. Set 1.0 unless this is intended."
     ]
 
 

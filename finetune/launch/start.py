@@ -100,7 +100,7 @@ def _launch(
         raise LaunchedRunFailed(end.code, end.words)
     if code:
         raise LaunchedRunFailed(
-            code if code > 0 else 128 - code, f"the launched process ended with status {code} and no message"
+            code if code > 0 else 128 - code, f"the launched process exited with status {code} and printed no error"
         )
 
 
@@ -120,13 +120,13 @@ def _deaths(folder: Path, status: int, for_memory: bool) -> list[End]:
         rank, status = death["rank"], death["status"]
         if rank in said:
             continue
-        message = f"{places.get(rank) or f'rank {rank}'}: ended with status {status} without a word"
+        message = f"{places.get(rank) or f'rank {rank}'}: exited with status {status} and printed no error"
         if status < 0:
             message = f"{places.get(rank) or f'rank {rank}'}: killed by {_signal_name(-status)}"
         if status == -signal.SIGKILL:
             # probably: the kernel did so, to some process of this machine
-            why = "probably" if for_memory else "perhaps"
-            message += f", {why} for want of host memory, of which it may have {host_memory()}"
+            why = "probably" if for_memory else "possibly"
+            message += f", {why} by the out-of-memory killer (host memory limit: {host_memory()})"
         found.append(
             End(rank, death["pid"], death["time"], status if status > 0 else 128 - status, message + ".", alone=True)
         )

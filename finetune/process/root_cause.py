@@ -137,4 +137,4 @@ def gone() -> str:
         else []
     )
     names = "; ".join(f"{place} (pid {place.pid})" for place in lost)
-    return f"{names}: gone without a word, killed or crashed. Noticed by {heartbeat.here()}." if lost else ""
+    return f"{names}: disappeared (killed or crashed); detected by {heartbeat.here()}." if lost else ""

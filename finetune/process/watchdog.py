@@ -104,8 +104,8 @@ def _end(
     dead = [other for other in others if now - other.alive > limit / 2]
     late = dead or [other for other in others if other.beat < place.beat]
     message = (
-        f"{place}: no progress for {now - place.time:.0f} s; it stands in"
-        f" {os.path.basename(frame.filename)}:{frame.lineno} ({frame.name})"
+        f"{place}: no progress for {now - place.time:.0f} s; stuck in {frame.name}"
+        f" ({os.path.basename(frame.filename)}:{frame.lineno})"
     )
     if late:
         message = f"{late[0]}: no progress for {now - late[0].time:.0f} s; rank {place.rank} waits for it"
@@ -114,8 +114,8 @@ def _end(
     for other in dead:  # it does not run its own watchdog any more, nor does it hear a SIGTERM
         with contextlib.suppress(OSError):
             os.kill(other.pid, signal.SIGKILL)
-    rest = f"training.step_timeout_seconds allows {limit:g} s for this: set it higher if it can take so long."
-    _say_and_leave(f"{message}. {rest}", f"the main thread stands here:\n{''.join(stack.format())}", leave_word)
+    rest = f"training.step_timeout_seconds allows {limit:g} s for this: raise it if this can take longer."
+    _say_and_leave(f"{message}. {rest}", f"the main thread is here:\n{''.join(stack.format())}", leave_word)
 
 
 def _say_and_leave(message: str, text: str, leave_word: Callable[[int, str], None], lost_peer: bool = False) -> None:

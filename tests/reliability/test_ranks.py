@@ -47,20 +47,18 @@ CASES = {
         0,
         128 + signal.SIGKILL,
         PLACE
-        + r": killed by SIGKILL, (perhaps|probably) for want of host memory, of which it may have [\d.,]+ GiB \(.+\)\.",
+        + r": killed by SIGKILL, (possibly|probably) by the out-of-memory killer \(host memory limit: [\d.,]+ GiB \(.+\)\)\.",
     ),
     "leaving": Case(
         "exit",
         "accelerate launch",
         0,
         1,
-        PLACE + r" \(pid \d+\): gone without a word, killed or crashed\. Noticed by rank 0, .+",
+        PLACE + r" \(pid \d+\): disappeared \(killed or crashed\); detected by rank 0, .+",
     ),
-    "hanging": Case(
-        "hang", "finetune train", 2, 1, NO_PROGRESS + r"it stands in broken_train\.py:\d+ \(break_down\)\..+"
-    ),
+    "hanging": Case("hang", "finetune train", 2, 1, NO_PROGRESS + r"stuck in break_down \(broken_train\.py:\d+\)\..+"),
     "hanging, accelerate": Case(
-        "hang", "accelerate launch", 0, 1, NO_PROGRESS + r"it stands in broken_train\.py:\d+ \(break_down\)\..+"
+        "hang", "accelerate launch", 0, 1, NO_PROGRESS + r"stuck in break_down \(broken_train\.py:\d+\)\..+"
     ),
     "a process that stands still": Case("stop", "finetune train", 0, 1, NO_PROGRESS + r"rank 0 waits for it\..+"),
     "an exception that rank 0 never hears of": Case(
