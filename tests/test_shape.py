@@ -39,7 +39,7 @@ TORCH_FREE = (
     *("checkpoint.survey", "model.parameters", "commands.cli"),
 )
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "bitsandbytes")
-MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_STEP_LINES, MOST_FILES_IN_A_ROOM = 330, 64, 46, 16
+MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_STEP_LINES, MOST_FILES_IN_A_ROOM = 335, 64, 46, 16
 
 
 @cache
@@ -201,8 +201,8 @@ def test_broad_handlers_raise_again_or_say_why():
             raises = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
             if broad and not raises and not re.search(r"# noqa: \S+ - \S", lines[node.lineno - 1]):
                 wrong.append(place(file, node.lineno))
-            if node.type is not None and "ImportError" in ast.unparse(node.type) and name_of(file) != "engine.kernels":
-                wrong.append(f"{place(file, node.lineno)}: optional imports are resolved in engine/kernels.py")
+            if node.type is not None and "ImportError" in ast.unparse(node.type) and name_of(file) != "model.load":
+                wrong.append(f"{place(file, node.lineno)}: optional imports are resolved in model/load.py")
     assert not wrong, wrong
 
 

@@ -35,7 +35,7 @@ from finetune.engine.gradient_norms import GradientWatch
 from finetune.engine.meter import Meter
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
-from finetune.model.parameters import Weights
+from finetune.model.parameters import Weights, weights_of
 
 PATIENCE_SECONDS = 1800.0  # torch's and accelerate's own
 
@@ -89,7 +89,7 @@ class Engine:
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap the summed-loss module and its optimizer for this engine."""
-        self.size_buffers(ds.weights_of(module))
+        self.size_buffers(weights_of(module))
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
 
     def set_lr(self, learning_rate: float) -> None:

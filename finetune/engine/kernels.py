@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from finetune.engine.deepspeed import config as ds
 from finetune.engine.devices import has_accelerator
@@ -57,26 +54,3 @@ def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
     """What people call this optimizer, for the printed plan."""
     fused = " (fused)" if getattr(optimizer, "defaults", {}).get("fused") else ""
     return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}{fused}"
-
-
-@contextlib.contextmanager
-def optional_packages() -> Iterator[None]:
-    """What transformers reads inside may want a package that is not installed (an attention kernel, what a model's own
-    code imports): that is then a ValueError with its advice, like everything else that is wrong with a model.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-def plain_4bit_layers(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers, if there are any, from repacking themselves for inference on a CPU with
-    AVX512-BF16.
-
-    The first forward in evaluation mode would round their scales to bf16 for good, and no gradient flows through the
-    repacked layer: an evaluation at step 0 would ruin the training after it [bitsandbytes 0.50, Linear4bit.forward].
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

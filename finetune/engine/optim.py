@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from finetune.engine.deepspeed.config import parameter_shape
 from finetune.engine.kernels import OptimizerSettings, build_optimizer
 from finetune.launch.strategy import Strategy
+from finetune.model.parameters import parameter_shape
 from finetune.recipe.fields import Recipe
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pickle import UnpicklingError
 
@@ -11,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from finetune.engine.kernels import optional_packages, plain_4bit_layers
 from finetune.errors import UserError, reason
 from finetune.launch.strategy import Strategy
 from finetune.recipe.load import Loaded
@@ -308,3 +308,26 @@ def parameter_counts(model: nn.Module, elements: Callable[[nn.Parameter], int]) 
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total
+
+
+@contextlib.contextmanager
+def optional_packages() -> Iterator[None]:
+    """What transformers reads inside may want a package that is not installed (an attention kernel, what a model's own
+    code imports): that is then a ValueError with its advice, like everything else that is wrong with a model.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def plain_4bit_layers(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers, if there are any, from repacking themselves for inference on a CPU with
+    AVX512-BF16.
+
+    The first forward in evaluation mode would round their scales to bf16 for good, and no gradient flows through the
+    repacked layer: an evaluation at step 0 would ruin the training after it [bitsandbytes 0.50, Linear4bit.forward].
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -6,6 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # What memory is spent on. `buffers`: what engines gather, bucket, pin and swap through; `overhead`: contexts,
 # libraries, fragmentation.
@@ -77,3 +81,23 @@ class Resident:
     step: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     load: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     save: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """The parameters of a module, whole also where ZeRO-3 holds shards."""
+    return Weights(
+        tuple(
+            Weight(name, parameter_elements(p), p.requires_grad, p.element_size())
+            for name, p in module.named_parameters()
+        )
+    )
+
+
+def parameter_elements(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, also where ZeRO-3 holds only a shard."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, also where ZeRO-3 holds only a shard."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from finetune.engine.deepspeed.config import parameter_shape
 from finetune.engine.engine import Engine
 from finetune.errors import FinetuneError
+from finetune.model.parameters import parameter_shape
 from finetune.report.run_folder import read_json, write_json
 
 BASE_FILE = "finetune_base.json"  # beside an adapter: how its frozen base was held while it was trained

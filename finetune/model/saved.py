@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from finetune.engine.kernels import plain_4bit_layers
 from finetune.errors import UserError, reason
+from finetune.model.load import plain_4bit_layers
 from finetune.model.save import BASE_FILE
 from finetune.report.run_folder import read_json
 

@@ -28,7 +28,6 @@ from finetune.data.prepare import PreparedData, prepare
 from finetune.data.stream import StreamRows, open_stream
 from finetune.data.token_cache import TokenRows
 from finetune.engine import engine as backend_engine
-from finetune.engine.deepspeed.config import parameter_elements
 from finetune.engine.devices import has_accelerator
 from finetune.engine.kernels import optimizer_name
 from finetune.engine.optim import make_optimizer
@@ -40,7 +39,7 @@ from finetune.memory.estimate import Estimate, estimate
 from finetune.memory.micro_batch import choose_micro_batch
 from finetune.memory.trace import Shape, outlined
 from finetune.model import load as model
-from finetune.model.parameters import Weights
+from finetune.model.parameters import Weights, parameter_elements
 from finetune.objectives.sft import SummedLoss
 from finetune.process.watchdog import ranks_wait
 from finetune.recipe.load import Loaded

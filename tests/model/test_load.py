@@ -14,12 +14,12 @@ from transformers import AutoTokenizer
 
 from finetune.data.collate import collate
 from finetune.data.token_cache import Row
-from finetune.engine.deepspeed.config import parameter_elements
 from finetune.errors import UserError
 from finetune.launch.config_file import read_launch_file
 from finetune.launch.preflight import settle
 from finetune.launch.strategy import one_process
 from finetune.model import load as model
+from finetune.model.parameters import parameter_elements
 from finetune.objectives.sft import sft_loss
 from finetune.recipe.load import load_recipe
 from tests.support.tiny_models import small_recipe

@@ -11,9 +11,9 @@ import torch
 
 from finetune.data.collate import collate
 from finetune.engine import engine as backend
-from finetune.engine.deepspeed.config import parameter_elements
 from finetune.engine.optim import make_optimizer
 from finetune.model import load as model
+from finetune.model.parameters import parameter_elements
 from finetune.objectives.sft import SummedLoss, trained_tokens
 from finetune.recipe.load import load_recipe
 from tests.programs.random_rows import random_rows

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from finetune.engine import engine as backend
-from finetune.engine.deepspeed.config import parameter_elements
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
+from finetune.model.parameters import parameter_elements
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 

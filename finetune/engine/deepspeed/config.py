@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from finetune.engine.deepspeed.buffers import derive_settings, fill_in
 from finetune.engine.devices import check_compile_locks, has_accelerator
 from finetune.launch.strategy import Strategy
-from finetune.model.parameters import Weight, Weights
+from finetune.model.parameters import Weights
 
 
 def make_plugin(strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float, say):
@@ -70,16 +70,6 @@ def size_buffers(plugin, weights: Weights, strategy: Strategy) -> None:
         plugin.set_deepspeed_weakref()  # zero.Init, which transformers calls, reads a copy
 
 
-def weights_of(module: nn.Module) -> Weights:
-    """The parameters of a module, whole also where ZeRO-3 holds shards."""
-    return Weights(
-        tuple(
-            Weight(name, parameter_elements(p), p.requires_grad, p.element_size())
-            for name, p in module.named_parameters()
-        )
-    )
-
-
 def effective_configuration(engine) -> dict:
     """What DeepSpeed's engine runs with, the defaults of its ZeRO section written out; JSON holds it."""
     # infinite, so that it prints nothing
@@ -87,16 +77,6 @@ def effective_configuration(engine) -> dict:
     return json.loads(
         json.dumps(config | {"zero_optimization": engine._config.zero_config.model_dump(mode="json")}, default=str)
     )
-
-
-def parameter_elements(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter, also where ZeRO-3 holds only a shard."""
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, also where ZeRO-3 holds only a shard."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def op_is_built(name: str) -> bool:
