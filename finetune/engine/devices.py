@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import resource
@@ -14,8 +13,6 @@ import psutil
 import torch
 
 from finetune.errors import UserError
-from finetune.launch.launcher_command import HOW_TO_START_RANKS
-from finetune.launch.strategy import Strategy
 
 
 def has_accelerator() -> bool:
@@ -94,32 +91,6 @@ def prepare_libraries(use_cpu: bool = False, deterministic: bool = False) -> Non
         transformers_logging.set_verbosity_error()
 
 
-def check_world(strategy: Strategy, accelerate_ranks: int) -> None:
-    """Ranks of the launch, seen by accelerate and seen by torch must agree. Raises UserError with advice."""
-    torch_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if not accelerate_ranks == torch_ranks == strategy.ranks:
-        raise UserError(
-            f"launch: {strategy.ranks} processes were started, accelerate sees {accelerate_ranks}, torch sees"
-            f" {torch_ranks}. {HOW_TO_START_RANKS}"
-        )
-
-
-def words_of_all(key: str, word: str, patience_seconds: float) -> list[str] | None:
-    """The word of every rank under this key, used once; None where not all say one in time, because they wait in a
-    collective.
-
-    No collective: a rank that left one half-way can still ask.
-    """
-    store = torch.distributed.distributed_c10d._get_default_store()
-    store.set(f"{key}/{torch.distributed.get_rank()}", word)
-    keys = [f"{key}/{rank}" for rank in range(torch.distributed.get_world_size())]
-    try:
-        store.wait(keys, datetime.timedelta(seconds=patience_seconds))
-    except RuntimeError:  # torch's DistStoreError
-        return None
-    return [store.get(key).decode() for key in keys]
-
-
 def stale_compile_locks(root: Path | None = None) -> list[Path]:
     """Lock files of torch's extension builder that no living process of this host holds open.
 
@@ -134,7 +105,7 @@ def stale_compile_locks(root: Path | None = None) -> list[Path]:
 
 
 def _open_files() -> set[Path]:
-    found = set()
+    found: set[Path] = set()
     for process in psutil.process_iter():
         try:
             found.update(Path(f.path) for f in process.open_files())

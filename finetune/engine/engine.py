@@ -8,36 +8,26 @@ micro-batches a window has: the flag `last` ends it."""
 from __future__ import annotations
 
 import contextlib
-import datetime
-import io
 import math
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
 )
 from torch import Tensor, nn
 
+from finetune.engine.clipping import clip_on_cpu
 from finetune.engine.deepspeed import config as ds
-from finetune.engine.devices import check_world, has_accelerator
 from finetune.engine.gradient_norms import GradientWatch
 from finetune.engine.meter import Meter
-from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
 from finetune.model.parameters import Weights, weights_of
-
-PATIENCE_SECONDS = 1800.0  # torch's and accelerate's own
 
 
 @dataclass
@@ -261,60 +251,3 @@ class Engine:
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def clip_on_cpu(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradients down to this norm, 0 for no limit; their norm before, a scalar.
-
-    On the CPU torch adds squares up one after the other in float32: 4e-5 off for a million elements, 0.4 % for 67
-    million, and so would be the clipped step. Short sums first, then float64."""
-    rows = [
-        torch.linalg.vector_norm(torch.atleast_1d(p.grad), dim=-1).double().flatten()
-        for p in parameters
-        if p.grad is not None
-    ]
-    norm = torch.linalg.vector_norm(torch.cat(rows))
-    nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, norm)
-    return norm
-
-
-def start(
-    strategy: Strategy,
-    accumulation_steps: int,
-    per_device_rows: int,
-    max_grad_norm: float,
-    say=print,
-    patience_seconds: float = PATIENCE_SECONDS,
-) -> Engine:
-    """Start Accelerate for this strategy, configured once for windows of about `accumulation_steps` micro-batches.
-
-    A rank waits at least `patience_seconds` for the others before it gives up: longer than the watchdog that knows what
-    is wrong. Raises UserError when the world that came up is not the one that was asked for."""
-    # at least 2: with 1, DeepSpeed steps and reduces on every micro-batch whatever the boundary flag says
-    configured = max(2, accumulation_steps)
-    plugin = None
-    if strategy.engine == "deepspeed":
-        plugin = ds.make_plugin(strategy, configured, per_device_rows, max_grad_norm, say)
-        ds.wait_at_least(max(PATIENCE_SECONDS, patience_seconds))
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if strategy.engine != "single":  # in a plain single process it crashes
-        patience = datetime.timedelta(seconds=max(PATIENCE_SECONDS, patience_seconds))
-        # without gloo each DeepSpeed rank on a CPU believes it is alone
-        handlers.append(InitProcessGroupKwargs(backend=None if has_accelerator() else "gloo", timeout=patience))
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that its op was built, on every rank
-        accelerator = Accelerator(
-            # with two CPU ranks and without it, accelerate 1.15 counts two processes and wraps nothing; DeepSpeed is
-            # dropped by it
-            cpu=True if strategy.engine != "deepspeed" and not has_accelerator() else None,
-            mixed_precision=strategy.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=configured, sync_with_dataloader=False),
-            deepspeed_plugin=plugin,
-            kwargs_handlers=handlers,
-        )
-    check_world(strategy, accelerator.num_processes)
-    if strategy.ranks > 1 and accelerator.distributed_type == DistributedType.NO:
-        raise UserError(
-            f"launch: accelerate {accelerate.__version__} started {strategy.ranks} ranks that would train alone"
-            " (distributed_type NO). Use one of the files in accelerate_configs/."
-        )
-    return Engine(accelerator, strategy, max_grad_norm)

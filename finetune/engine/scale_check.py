@@ -12,15 +12,17 @@ import importlib.metadata
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from finetune.engine import engine as backend
+from finetune.engine.engine import Engine
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
+from finetune.report.text import count
 
 MOST_MICRO_BATCHES = 16  # a window of the probe is no longer: milliseconds each
 # a feature's size, exact in every precision: small, so that nothing clips and fp16's loss scale overflows nothing
@@ -112,25 +114,19 @@ def tokens_of(rank: int, micro_batch: int, ranks: int, last: bool) -> int:
     return 0 if empty else 1 + (3 * rank + 5 * micro_batch) % 7
 
 
-def check_scale(
-    strategy: Strategy,
-    accumulation_steps: int,
-    per_device_rows: int,
-    max_grad_norm: float,
-    say,
-    patience_seconds: float = backend.PATIENCE_SECONDS,
-    first: Callable[[backend.Engine], None] = lambda engine: None,
-) -> str:
-    """Train the probe for three windows in an engine like the run's; returns one line for the plan. A collective.
+def start_probe_engine(settings: EngineSettings, say: Callable[[str], None] = print) -> Engine:
+    """An engine like the run's, for `check_scale`."""
+    limit = settings.max_grad_norm and max(settings.max_grad_norm, 1.0)  # the clipping code runs, and clips nothing
+    return start_engine(replace(settings, max_grad_norm=limit), say)
 
-    `first` is called with the engine before, and may refuse what the ranks do not agree on.
+
+def check_scale(engine: Engine) -> str:
+    """Train the probe for three windows in this engine and release it; returns one line for the plan. A collective.
 
     The windows have as many micro-batches as configured (at most MOST_MICRO_BATCHES), one, and one more than
     configured. Raises UserError naming the versions when a micro-batch has not exactly the weight that it must have.
     """
-    limit = max_grad_norm and max(max_grad_norm, 1.0)  # the clipping code runs, and clips nothing
-    engine = backend.start(strategy, accumulation_steps, per_device_rows, limit, say, patience_seconds)
-    first(engine)
+    strategy = engine.strategy
     # without what any first start costs: imports, the process group, DeepSpeed's compiles
     started = time.perf_counter()
     full = min(engine.accelerator.gradient_accumulation_steps, MOST_MICRO_BATCHES)
@@ -150,16 +146,18 @@ def check_scale(
             "Nothing was trained. Install the versions of constraints.txt."
         )
     return (
-        f"ok, windows of {full}, 1 and {full + 1} micro-batches on {strategy.ranks} rank{'s' * (strategy.ranks > 1)}"
+        f"ok, windows of {full}, 1 and {full + 1} micro-batches on {count(strategy.ranks, 'rank')}"
         f" under {_versions(strategy)}, {time.perf_counter() - started:.1f} s"
     )
 
 
-def measure(engine: backend.Engine, windows: tuple[int, ...]) -> str:
+def measure(engine: Engine, windows: tuple[int, ...]) -> str:
     """Run windows of so many micro-batches through the probe; "" when all is exact, else what is wrong. A
     collective.
     """
-    ranks, wanted, norms = engine.ranks, [], []
+    ranks = engine.ranks
+    wanted: list[float] = []
+    norms: list[tuple[float, float]] = []
     probe = Probe(sum(windows) * ranks)
     engine.prepare(probe, torch.optim.SGD(probe.parameters(), lr=1.0))
     for micro_batches in windows:
@@ -171,22 +169,22 @@ def measure(engine: backend.Engine, windows: tuple[int, ...]) -> str:
                 UNIT * math.sqrt(2 * sum(c * c for row in counts for c in row)) / total,
             )
         )
-        wanted += [UNIT * count / total for row in counts for count in row]
+        wanted += [UNIT * tokens / total for row in counts for tokens in row]
     state = engine.gather_state(only_trained=True)
     here = torch.stack([-state["plus"], state["minus"]]).double() if state else torch.zeros(2, len(wanted))
     found = engine.total(*here.flatten())  # every rank judges, and all come to the same
     return judge(found, wanted * 2, norms, ranks, windows, TOLERANCE[engine.strategy.mixed_precision])
 
 
-def _train(engine: backend.Engine, counts: list[list[int]], first: int, weights: int) -> float:
+def _train(engine: Engine, counts: list[list[int]], first: int, weights: int) -> float:
     """One window of the probe; returns the engine's gradient norm. `counts` are tokens by micro-batch and rank."""
     mine = [row[engine.rank] for row in counts]
     (denominator,) = engine.total(sum(mine))
     for _ in range(20):  # fp16's loss scaler may skip a window or two, and takes its time to come down
-        for k, count in enumerate(mine):
+        for k, tokens in enumerate(mine):
             features = torch.zeros(weights)
-            features[first + k * engine.ranks + engine.rank] = count * UNIT
-            batch = {"features": features, "tokens": torch.tensor(count)}
+            features[first + k * engine.ranks + engine.rank] = tokens * UNIT
+            batch = {"features": features, "tokens": torch.tensor(tokens)}
             engine.micro_step(batch, denominator, last=k == len(mine) - 1)
         if engine.applied or not engine.scales_loss:
             break
@@ -209,7 +207,7 @@ def judge(
     if not wrong and not stray and abs(norm - 1) <= 2 * tolerance:
         return ""
     total = len(factors) // 2
-    said = [f"in windows of {', '.join(map(str, windows))} micro-batches on {ranks} rank{'s' * (ranks > 1)}"]
+    said = [f"in windows of {', '.join(map(str, windows))} micro-batches on {count(ranks, 'rank')}"]
     if wrong:
         low, high = min(wrong), max(wrong)
         seen = f"{(low + high) / 2:.3g}" if math.isclose(low, high, rel_tol=1e-2) else f"{low:.3g} to {high:.3g}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.engine import kernels
-from finetune.engine.engine import clip_on_cpu
+from finetune.engine.clipping import clip_on_cpu
 from finetune.engine.optim import optimizer_settings, parameter_groups
 from finetune.engine.storages import StorageTracker, pretending, without_padding
 from finetune.launch.compatibility import FLASH

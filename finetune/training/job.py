@@ -27,11 +27,12 @@ from finetune.data import collate as collating
 from finetune.data.prepare import PreparedData, prepare
 from finetune.data.stream import StreamRows, open_stream
 from finetune.data.token_cache import TokenRows
-from finetune.engine import engine as backend_engine
 from finetune.engine.devices import has_accelerator
+from finetune.engine.engine import Engine
 from finetune.engine.kernels import optimizer_name
 from finetune.engine.optim import make_optimizer
-from finetune.engine.scale_check import check_scale
+from finetune.engine.scale_check import check_scale, start_probe_engine
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.errors import UserError, reason
 from finetune.launch import preflight
 from finetune.launch.strategy import Strategy
@@ -65,7 +66,7 @@ class Job:
     """A plan on a running engine."""
 
     plan: Plan
-    engine: backend_engine.Engine
+    engine: Engine
     description: dict
     scale_check: str = ""  # what the start-up check saw
 
@@ -248,12 +249,14 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
     With `measure` the engine's meter keeps what memory is taken for from the start.
     """
     most_steps = plan.batch.steps(plan.schedule.batch.largest_rows)
-    patience = ranks_wait(plan.loaded.recipe.training.step_timeout_seconds)
-    settings = (plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, say, patience)
+    timeout = ranks_wait(plan.loaded.recipe.training.step_timeout_seconds)
+    settings = EngineSettings(plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, timeout)
     # before an engine under which models are sharded
     weights = outlined_weights(plan) if plan.strategy.engine == "deepspeed" else None
-    scale_check = check_scale(*settings, first=lambda probe: _refuse_unequal(plan, probe))
-    engine = backend_engine.start(*settings)
+    probe = start_probe_engine(settings, say)
+    _refuse_unequal(plan, probe)
+    scale_check = check_scale(probe)
+    engine = start_engine(settings, say)
     if weights is not None:
         engine.size_buffers(weights)
     engine.meter.enabled = measure
@@ -276,7 +279,7 @@ def outlined_weights(plan: Plan) -> Weights | None:
         return None
 
 
-def _refuse_unequal(plan: Plan, engine: backend_engine.Engine) -> None:
+def _refuse_unequal(plan: Plan, engine: Engine) -> None:
     """Raises UserError where ranks chose different micro-batches, because their devices differ. A collective."""
     rows = engine.gather_objects(plan.batch.per_device_rows) if plan.chosen else [0]
     if min(rows) < max(rows):

@@ -5,12 +5,14 @@ away.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import gc
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
-from finetune.engine.devices import device_limit_bytes, empty_cache, has_accelerator, words_of_all
+from finetune.engine.devices import device_limit_bytes, empty_cache, has_accelerator
 from finetune.engine.memory_use import is_out_of_memory
 from finetune.errors import OutOfMemory
 from finetune.memory.micro_batch import KEY, next_smaller
@@ -20,7 +22,7 @@ from finetune.training.one_batch_reference import accumulate
 
 # at most: one makes the optimizer's states, the next has them beside its activations; fp16's scaler skips some at first
 WINDOWS = 20
-PATIENCE_SECONDS = 60.0  # for the other ranks to come to the trial's end
+TIMEOUT_SECONDS = 60.0  # for the other ranks to come to the trial's end
 
 
 def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
@@ -68,7 +70,7 @@ def _runs_out(plan: Plan) -> str:
             raise
         reason = f"{human_bytes(device_limit_bytes())} on this device" if has_accelerator() else "out of host memory"
     if job.engine.ranks > 1:
-        said = words_of_all(f"trial of {plan.batch.per_device_rows} rows", reason, PATIENCE_SECONDS)
+        said = exchange_through_store(f"trial of {plan.batch.per_device_rows} rows", reason, TIMEOUT_SECONDS)
         if said is None:  # the others wait in a collective that this rank left: no way on but to end
             raise OutOfMemory(
                 f"{plan.loaded.where(KEY)}: {plan.batch.per_device_rows} rows per micro-batch, chosen by auto, run out"
@@ -81,3 +83,19 @@ def _runs_out(plan: Plan) -> str:
     gc.collect()
     empty_cache()
     return reason
+
+
+def exchange_through_store(key: str, text: str, timeout_seconds: float) -> list[str] | None:
+    """The text of every rank under this key, which is used once; None where a rank writes none in time, because it
+    waits in a collective.
+
+    No collective: a rank that left one half-way can still ask.
+    """
+    store = torch.distributed.distributed_c10d._get_default_store()
+    store.set(f"{key}/{torch.distributed.get_rank()}", text)
+    keys = [f"{key}/{rank}" for rank in range(torch.distributed.get_world_size())]
+    try:
+        store.wait(keys, datetime.timedelta(seconds=timeout_seconds))
+    except RuntimeError:  # torch's DistStoreError
+        return None
+    return [store.get(key).decode() for key in keys]

@@ -82,8 +82,8 @@ def verify(recipe_path: str, overrides: Sequence[str], full: bool, as_json: bool
 def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: Path | None) -> tuple[dict, bool]:
     """(report, whether this is rank 0). `folder` is where the shrunk model goes; None verifies the real one."""
     from finetune.data.prepare import prepare
-    from finetune.engine import engine as backend
     from finetune.engine.optim import make_optimizer
+    from finetune.engine.start import EngineSettings, start_engine
     from finetune.model import load as model
     from finetune.objectives.sft import SummedLoss
     from finetune.training.one_batch_reference import Reference, norm
@@ -106,7 +106,9 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
     )
     padding = model.padding_id(tokenizer, facts.vocabulary)
     reference = Reference(small, facts, padding) if os.environ.get("RANK", "0") == "0" else None
-    engine = backend.start(strategy, batch.accumulation_steps, batch.per_device_rows, settled.max_grad_norm, _to_stderr)
+    engine = start_engine(
+        EngineSettings(strategy, batch.accumulation_steps, batch.per_device_rows, settled.max_grad_norm), _to_stderr
+    )
     network = model.load_model(small, strategy, facts, engine.device)
     for module in [network, reference.network] if reference else [network]:
         _no_dropout(module)

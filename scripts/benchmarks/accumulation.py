@@ -27,8 +27,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
 from finetune.launch.start import free_port
@@ -89,7 +89,7 @@ def memory(rows: int = 8, tokens: int = 512) -> list[dict]:
             model = make_model(MIDDLE)
             if checkpointing:
                 model.gradient_checkpointing_enable()
-            engine = backend.start(one_process(use_cpu=True), steps, per_micro_batch, 1.0)
+            engine = start_engine(EngineSettings(one_process(use_cpu=True), steps, per_micro_batch, 1.0))
             engine.prepare(SummedLoss(model.train()), torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False))
             tracker = MemTracker()
             tracker.track_external(model, engine.optimizer.optimizer)
@@ -242,7 +242,9 @@ def timed_windows(out: Path, timing: Timing) -> None:
     """Inside a launch: seconds per window for several K with one micro-batch size, interleaved; rank 0 writes `out`."""
     prepare_libraries()
     strategy = from_environment(os.environ, launched_by()[1])
-    engine = backend.start(strategy, max(timing.steps), timing.rows, 1.0, lambda line: print(line, file=sys.stderr))
+    engine = start_engine(
+        EngineSettings(strategy, max(timing.steps), timing.rows, 1.0), lambda line: print(line, file=sys.stderr)
+    )
     from finetune.engine.kernels import OptimizerSettings, build_optimizer
 
     model = make_model(timing.sizes)

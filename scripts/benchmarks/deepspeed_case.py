@@ -20,11 +20,11 @@ import torch
 from finetune.batching.layout import split_into_micro_batches
 from finetune.data.collate import collate
 from finetune.data.token_cache import Row
-from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.engine import Engine
 from finetune.engine.optim import make_optimizer
-from finetune.engine.scale_check import check_scale
+from finetune.engine.scale_check import check_scale, start_probe_engine
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.errors import Diverged, UserError
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
@@ -77,7 +77,7 @@ def accumulated(recipe_path: str, strategy, micro_step) -> dict:
     facts = model.facts(loaded)
     rows = ragged_rows(WINDOW_ROWS * WINDOWS, facts.vocabulary)
     parts = [rows[i * WINDOW_ROWS : (i + 1) * WINDOW_ROWS] for i in range(WINDOWS)]
-    engine = backend.start(strategy, K, PER_DEVICE_ROWS, 1.0)
+    engine = start_engine(EngineSettings(strategy, K, PER_DEVICE_ROWS, 1.0))
     network = model.load_model(loaded, strategy, facts, engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
     states, norms = [engine.gather_state(only_trained=True)], []
@@ -107,8 +107,9 @@ def accumulated(recipe_path: str, strategy, micro_step) -> dict:
 
 def checked(strategy) -> dict:
     """What the start-up check says."""
+    probe = start_probe_engine(EngineSettings(strategy, K, PER_DEVICE_ROWS, 1.0))
     try:
-        return {"caught": False, "said": check_scale(strategy, K, PER_DEVICE_ROWS, 1.0, print)}
+        return {"caught": False, "said": check_scale(probe)}
     except UserError as error:
         return {"caught": True, "said": str(error)}
 

@@ -3,7 +3,7 @@
 
     python -m scripts.benchmarks.zenflow [--versions 0.18.5,0.19.0,0.19.8] [--out docs/benchmarks/zenflow.md]
 
-One CPU rank, float32, AdamW, ZenFlow without overlap, 10 % of the columns selected. The backend has no setting for
+One CPU rank, float32, AdamW, ZenFlow without overlap, 10 % of the columns selected. The engine has no setting for
 ZenFlow: this script writes the section into accelerate's plugin. Other versions than the installed one go to a
 temporary folder (minutes each)."""
 
@@ -23,9 +23,9 @@ from packaging.version import Version
 from torch import Tensor
 
 from finetune.data.collate import collate
-from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
@@ -86,7 +86,7 @@ def run(name: str, recipe_path: str, strategy) -> dict:
     if mended:
         mend_layout(ZenFlowZeroOptimizer)
     loaded = load_recipe(recipe_path, SETTINGS)
-    engine = backend.start(strategy, micro_batches, ROWS, 1.0)
+    engine = start_engine(EngineSettings(strategy, micro_batches, ROWS, 1.0))
     config = engine.accelerator.state.deepspeed_plugin.deepspeed_config
     if interval:
         config["zero_optimization"]["zenflow"] = {

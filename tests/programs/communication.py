@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from finetune.data.collate import collate
-from finetune.engine import engine as backend
 from finetune.engine.optim import make_optimizer
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.model import load as model
 from finetune.model.parameters import parameter_elements
 from finetune.objectives.sft import SummedLoss, trained_tokens
@@ -30,7 +30,7 @@ def count_collectives(recipe_path: str, strategy) -> list[dict]:
     Ours are left out: the window's token count before it and its loss after it, one sum of a few scalars each. The
     third window of each K is measured, when DDP's buckets and ZeRO-3's prefetch order have settled."""
     loaded = load_recipe(recipe_path, ("training.optim=sgd", "training.learning_rate=0.1"))
-    engine = backend.start(strategy, CONFIGURED, PER_DEVICE_ROWS, 1.0)
+    engine = start_engine(EngineSettings(strategy, CONFIGURED, PER_DEVICE_ROWS, 1.0))
     facts = model.facts(loaded)
     network = model.load_model(loaded, strategy, facts, engine.device)
     parameters = sum(map(parameter_elements, network.parameters()))

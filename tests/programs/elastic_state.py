@@ -21,9 +21,9 @@ from finetune.batching.windows import Position
 from finetune.checkpoint import checkpoint, snapshots
 from finetune.checkpoint.checkpoint import Progress
 from finetune.data.collate import collate
-from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
@@ -71,7 +71,7 @@ def started(case: Case, recipe_path: str, clipping: float):
         offload_param=parameters,
         mixed_precision=case.precision,
     )
-    engine = backend.start(strategy, 2, 2, clipping)
+    engine = start_engine(EngineSettings(strategy, 2, 2, clipping))
     loaded = load_recipe(recipe_path, case.overrides)
     network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))

@@ -19,9 +19,9 @@ import torch
 from finetune.batching.layout import split_into_micro_batches
 from finetune.data.collate import collate
 from finetune.data.token_cache import Row
-from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch import compatibility
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
@@ -140,7 +140,7 @@ def run_case(case: Case, recipe_path: str, strategy, seed: int) -> dict:
     "states".
     """
     loaded = load_recipe(recipe_path, case.overrides)
-    engine = backend.start(strategy, CONFIGURED_STEPS, PER_DEVICE_ROWS, 1.0)
+    engine = start_engine(EngineSettings(strategy, CONFIGURED_STEPS, PER_DEVICE_ROWS, 1.0))
     if case.buffer:
         engine.accelerator.state.deepspeed_plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": case.buffer}
     facts = model.facts(loaded)

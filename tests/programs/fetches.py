@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(1)
     prepare_libraries()
     loaded, strategy = load_recipe(recipe_path), from_environment(os.environ, launched_by()[1])
-    engine = backend.start(strategy, 2, 1, 1.0)
+    engine = start_engine(EngineSettings(strategy, 2, 1, 1.0))
     settings = engine.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     settings |= {
         "stage3_max_reuse_distance": int(distance),

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.engine.state import save_state
 from finetune.engine.storages import StorageTracker
 from finetune.launch.environment import from_environment
@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(1)
     prepare_libraries()
     loaded, strategy = load_recipe(recipe_path), from_environment(os.environ, launched_by()[1])
-    engine = backend.start(strategy, 3, 1, 1.0)
+    engine = start_engine(EngineSettings(strategy, 3, 1, 1.0))
     network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
     ids = torch.arange(16)[None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

@@ -14,7 +14,8 @@ import torch
 
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.engine import Engine
-from finetune.engine.scale_check import check_scale
+from finetune.engine.scale_check import check_scale, start_probe_engine
+from finetune.engine.start import EngineSettings
 from finetune.errors import UserError
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
@@ -54,7 +55,7 @@ def main() -> None:
     for name, step in {"": right_step, **BROKEN, "again": right_step}.items():
         Engine.micro_step = step
         try:
-            found[name] = check_scale(strategy, 4, 2, 1.0, print)
+            found[name] = check_scale(start_probe_engine(EngineSettings(strategy, 4, 2, 1.0)))
         except UserError as error:
             found[name] = str(error)
     if int(os.environ.get("RANK", "0")) == 0:

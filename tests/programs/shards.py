@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine import engine as backend
 from finetune.engine.devices import prepare_libraries
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model
@@ -31,7 +31,7 @@ def main() -> None:
     torch.set_num_threads(1)
     prepare_libraries()
     strategy = from_environment(os.environ, launched_by()[1])
-    engine = backend.start(strategy, 2, 1, 1.0)
+    engine = start_engine(EngineSettings(strategy, 2, 1, 1.0))
     network = load(recipe_path, strategy, engine.device)
     parameters = list(network.parameters())
     found = {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine import engine as backend
 from finetune.engine.optim import make_optimizer
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.strategy import one_process
 from finetune.memory.trace import Numbers, Shape, profile
@@ -29,7 +29,9 @@ LORA = ["lora.r=4", "lora.alpha=8"]
 
 def real_peaks(loaded, facts, padded: bool, precision: str) -> dict[int, int]:
     """Peak bytes of a window of 1 and of 2 micro-batches, once the optimizer has its states."""
-    engine = backend.start(one_process(precision, use_cpu=True), 2, ROWS, loaded.recipe.training.max_grad_norm, print)
+    engine = start_engine(
+        EngineSettings(one_process(precision, use_cpu=True), 2, ROWS, loaded.recipe.training.max_grad_norm), print
+    )
     network = model.load_model(loaded, engine.strategy, facts, engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, engine.strategy))
     batch = {name: torch.ones(ROWS, TOKENS, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine import engine as backend
 from finetune.engine.deepspeed.buffers import fill_in, filled_in
 from finetune.engine.devices import prepare_libraries
 from finetune.engine.optim import make_optimizer
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.environment import from_environment
 from finetune.launch.strategy import Strategy
@@ -66,7 +66,7 @@ def measure(case: dict, recipe_path: str) -> dict:
     facts = model.facts(loaded)
     outlined = outline(recipe_path, tuple(case["overrides"]))
     with tracker:
-        engine = backend.start(strategy, 2, ROWS, 1.0, lambda line: None)
+        engine = start_engine(EngineSettings(strategy, 2, ROWS, 1.0), lambda line: None)
         section = engine.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         fill_in(section, case["settings"])
         engine.size_buffers(outlined)

@@ -22,8 +22,8 @@ from finetune.checkpoint import manifest, snapshots
 from finetune.checkpoint.checkpoint import differences
 from finetune.checkpoint.export import export_checkpoint
 from finetune.commands.cli import app
-from finetune.engine import engine as backend
 from finetune.engine.optim import make_optimizer
+from finetune.engine.start import EngineSettings, start_engine
 from finetune.engine.state import load_state
 from finetune.errors import UserError
 from finetune.launch.strategy import one_process
@@ -123,7 +123,7 @@ def engine(saved_runs):
     """An engine in this process, as a resume of the plain run has it."""
     loaded = load_recipe(saved_runs.recipe, COMMON)
     strategy = one_process(use_cpu=True)
-    engine = backend.start(strategy, 4, 2, 1.0)
+    engine = start_engine(EngineSettings(strategy, 4, 2, 1.0))
     network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
     yield engine
