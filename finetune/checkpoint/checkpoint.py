@@ -20,7 +20,7 @@ from finetune.batching.noise_scale import NoiseState
 from finetune.batching.windows import Position
 from finetune.checkpoint import snapshots
 from finetune.checkpoint.snapshots import Snapshot
-from finetune.engine.deepspeed.universal import BYTES_FACTOR
+from finetune.engine.deepspeed.checkpoint import BYTES_FACTOR
 from finetune.engine.engine import Engine
 from finetune.engine.state import convert_state, load_converted, load_state, save_state
 from finetune.errors import UserError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from finetune.checkpoint.checkpoint import comparable, differences
 from finetune.checkpoint.manifest import Snapshot
 from finetune.checkpoint.survey import pick
-from finetune.engine.devices import prepare_libraries
+from finetune.engine.libraries import prepare_libraries
 from finetune.engine.state import read_trained
 from finetune.errors import UserError
 from finetune.launch.strategy import one_process

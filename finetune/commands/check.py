@@ -64,7 +64,7 @@ def stdout_is_stderr() -> Iterator[Any]:
 
 
 def _second_stage(settled: Settled) -> dict[str, Any]:
-    from finetune.engine.devices import prepare_libraries
+    from finetune.engine.libraries import prepare_libraries
 
     prepare_libraries(settled.strategy.use_cpu)
     from finetune.model.load import facts, load_tokenizer

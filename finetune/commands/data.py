@@ -50,7 +50,7 @@ def examine(loaded: Loaded, samples: int) -> dict:
     A sample is `row`, `tokens`, `trained` (counts) and `pieces`, [text, whether it is trained, whether it is a special
     token] in order. Raises UserError where the data cannot be read at all.
     """
-    from finetune.engine.devices import prepare_libraries
+    from finetune.engine.libraries import prepare_libraries
 
     strategy = one_process()
     prepare_libraries(strategy.use_cpu)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.engine.devices import prepare_libraries
+from finetune.engine.libraries import prepare_libraries
 from finetune.errors import UserError
 from finetune.model.load import DTYPES
 

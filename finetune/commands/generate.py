@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from finetune.engine.devices import prepare_libraries
+from finetune.engine.libraries import prepare_libraries
 from finetune.errors import UserError
 
 

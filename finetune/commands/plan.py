@@ -76,7 +76,7 @@ def planned(
     # nothing is trained here: what reports a run need not be installed
     silent = loaded.recipe.model_copy(update={"logging": loaded.recipe.logging.model_copy(update={"report_to": []})})
     settled = settle(dataclasses.replace(loaded, recipe=silent), strategy)
-    from finetune.engine.devices import prepare_libraries
+    from finetune.engine.libraries import prepare_libraries
 
     prepare_libraries(strategy.use_cpu)
     warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft settles it itself

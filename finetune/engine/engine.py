@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from finetune.engine.clipping import clip_on_cpu
 from finetune.engine.deepspeed import config as ds
+from finetune.engine.deepspeed import parameters as ds_parameters
 from finetune.engine.gradient_norms import GradientWatch
 from finetune.engine.meter import Meter
 from finetune.launch.strategy import Strategy
@@ -136,7 +137,7 @@ class Engine:
             self.last_grad_norm = float(wrapped.get_global_grad_norm())
             self.applied = bool(wrapped.engine.was_step_applied())
             if not self.applied:
-                ds.drop_gradients(wrapped.engine.optimizer)
+                ds_parameters.drop_gradients(wrapped.engine.optimizer)
             return
         self.last_grad_norm = self._clip(self.max_grad_norm)
         if self.accelerator.scaler is None and not math.isfinite(self.last_grad_norm):
@@ -218,7 +219,7 @@ class Engine:
             if only_trained and not parameter.requires_grad:
                 continue
             if self.strategy.engine == "deepspeed":
-                value = ds.whole_parameter(parameter, keep)
+                value = ds_parameters.full_parameter(parameter, keep)
             else:
                 value = parameter.detach().to("cpu", copy=True) if keep else None
             if keep:

@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.engine.deepspeed.config import inside, only_known_pickles, read_shards
-from finetune.engine.deepspeed.universal import convert
+from finetune.engine.deepspeed.checkpoint import convert, inside, only_known_pickles, read_shards
 from finetune.engine.engine import Engine
 from finetune.errors import UserError, reason
 

@@ -15,9 +15,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from finetune.engine import kernels
 from finetune.engine.clipping import clip_on_cpu
-from finetune.engine.optim import optimizer_settings, parameter_groups
+from finetune.engine.optimizer import parameter_groups, torch_adamw
 from finetune.engine.storages import StorageTracker, pretending, without_padding
 from finetune.launch.compatibility import FLASH
 from finetune.model import load as model
@@ -256,10 +255,10 @@ def _optimizer(network: nn.Module, loaded: Loaded, numbers: Numbers) -> torch.op
     """The recipe's optimizer, where torch has it; 8-bit ones keep their states elsewhere (formulas), and step in place
     as SGD does.
     """
-    settings = optimizer_settings(loaded.recipe)
-    if settings.kind != "adamw":
-        return torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=settings.learning_rate)
-    return kernels.torch_adamw(parameter_groups(network, loaded.recipe), settings, fused=not numbers.on_cpu)
+    training = loaded.recipe.training
+    if training.optim != "adamw":
+        return torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=training.learning_rate)
+    return torch_adamw(parameter_groups(network, training), training, fused=not numbers.on_cpu)
 
 
 @contextlib.contextmanager

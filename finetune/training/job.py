@@ -29,8 +29,7 @@ from finetune.data.stream import StreamRows, open_stream
 from finetune.data.token_cache import TokenRows
 from finetune.engine.devices import has_accelerator
 from finetune.engine.engine import Engine
-from finetune.engine.kernels import optimizer_name
-from finetune.engine.optim import make_optimizer
+from finetune.engine.optimizer import make_optimizer, optimizer_name
 from finetune.engine.scale_check import check_scale, start_probe_engine
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.errors import UserError, reason
@@ -264,7 +263,7 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
         network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
         engine.meter.point("load", network)
         trained, parameters = model.parameter_counts(network, parameter_elements)
-        optimizer = make_optimizer(network, plan.loaded.recipe, plan.strategy)
+        optimizer = make_optimizer(network, plan.loaded.recipe.training, plan.strategy)
         name = optimizer_name(optimizer)
         engine.prepare(SummedLoss(network), optimizer)
         engine.meter.point("prepare", engine.module, engine.optimizer)

@@ -10,7 +10,7 @@ from torch import Tensor
 from finetune.data.collate import collate
 from finetune.data.token_cache import Row
 from finetune.engine.engine import Engine
-from finetune.engine.optim import make_optimizer
+from finetune.engine.optimizer import make_optimizer
 from finetune.launch.strategy import one_process
 from finetune.model import load as model
 from finetune.objectives.sft import sft_loss, trained_tokens
@@ -39,7 +39,7 @@ class Reference:
     def __init__(self, loaded: Loaded, facts: model.ModelFacts, padding: int = 0):
         """Build it before any DeepSpeed engine starts, or after unset_hf_deepspeed_config(): else ZeRO-3 shards it."""
         self.network = model.load_model(loaded, one_process(), facts, torch.device("cpu"))
-        self.optimizer = make_optimizer(self.network, loaded.recipe, one_process())
+        self.optimizer = make_optimizer(self.network, loaded.recipe.training, one_process())
         self.limit, self.padding = loaded.recipe.training.max_grad_norm, padding
 
     def state(self) -> dict[str, Tensor]:

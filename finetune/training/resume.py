@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.checkpoint import checkpoint, snapshots
 from finetune.checkpoint.checkpoint import Progress, comparable, differences
 from finetune.checkpoint.snapshots import Snapshot
-from finetune.engine.deepspeed.universal import not_convertible
+from finetune.engine.deepspeed.checkpoint import not_convertible
 from finetune.errors import UserError
 from finetune.recipe.load import Loaded, read_resolved
 from finetune.report import redact

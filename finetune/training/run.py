@@ -69,7 +69,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
         console.say(f"{output_dir} holds a finished run: nothing to do. For another run give another output_dir.")
         return
     console.say("finetune: loading libraries ...")
-    from finetune.engine.devices import prepare_libraries
+    from finetune.engine.libraries import prepare_libraries
 
     prepare_libraries(strategy.use_cpu, loaded.recipe.training.deterministic)
     from finetune.checkpoint.checkpoint import on_rank_0

@@ -62,7 +62,7 @@ def verify(recipe_path: str, overrides: Sequence[str], full: bool, as_json: bool
     strategy = from_environment(os.environ, launch_file)
     check_ranks_asked_for(strategy, ranks_asked)
     settled = settle(loaded, strategy)
-    from finetune.engine.devices import prepare_libraries
+    from finetune.engine.libraries import prepare_libraries
 
     prepare_libraries(strategy.use_cpu)
     with tempfile.TemporaryDirectory(prefix="finetune-verify-") as folder:
@@ -82,7 +82,7 @@ def verify(recipe_path: str, overrides: Sequence[str], full: bool, as_json: bool
 def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: Path | None) -> tuple[dict, bool]:
     """(report, whether this is rank 0). `folder` is where the shrunk model goes; None verifies the real one."""
     from finetune.data.prepare import prepare
-    from finetune.engine.optim import make_optimizer
+    from finetune.engine.optimizer import make_optimizer
     from finetune.engine.start import EngineSettings, start_engine
     from finetune.model import load as model
     from finetune.objectives.sft import SummedLoss
@@ -112,7 +112,7 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
     network = model.load_model(small, strategy, facts, engine.device)
     for module in [network, reference.network] if reference else [network]:
         _no_dropout(module)
-    engine.prepare(SummedLoss(network), make_optimizer(network, small.recipe, strategy))
+    engine.prepare(SummedLoss(network), make_optimizer(network, small.recipe.training, strategy))
     rate = engine.broadcast_object(STEP_SHARE * norm(engine.gather_state(only_trained=True)))
     engine.set_lr(rate)
     if reference is not None:

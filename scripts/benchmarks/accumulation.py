@@ -27,7 +27,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from finetune.engine.devices import prepare_libraries
+from finetune.engine.libraries import prepare_libraries
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
@@ -245,11 +245,12 @@ def timed_windows(out: Path, timing: Timing) -> None:
     engine = start_engine(
         EngineSettings(strategy, max(timing.steps), timing.rows, 1.0), lambda line: print(line, file=sys.stderr)
     )
-    from finetune.engine.kernels import OptimizerSettings, build_optimizer
+    from finetune.engine.optimizer import build_optimizer
+    from finetune.recipe.fields import TrainingSection
 
     model = make_model(timing.sizes)
     parameters = model.num_parameters()
-    settings = OptimizerSettings("adamw", 1e-4, 0.0, 0.9, 0.999, 1e-8)
+    settings = TrainingSection(learning_rate=1e-4)
     engine.prepare(
         SummedLoss(model),
         build_optimizer([{"params": list(model.parameters()), "weight_decay": 0.0}], settings, strategy),

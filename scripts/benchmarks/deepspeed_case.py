@@ -20,9 +20,9 @@ import torch
 from finetune.batching.layout import split_into_micro_batches
 from finetune.data.collate import collate
 from finetune.data.token_cache import Row
-from finetune.engine.devices import prepare_libraries
 from finetune.engine.engine import Engine
-from finetune.engine.optim import make_optimizer
+from finetune.engine.libraries import prepare_libraries
+from finetune.engine.optimizer import make_optimizer
 from finetune.engine.scale_check import check_scale, start_probe_engine
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.errors import Diverged, UserError
@@ -79,7 +79,7 @@ def accumulated(recipe_path: str, strategy, micro_step) -> dict:
     parts = [rows[i * WINDOW_ROWS : (i + 1) * WINDOW_ROWS] for i in range(WINDOWS)]
     engine = start_engine(EngineSettings(strategy, K, PER_DEVICE_ROWS, 1.0))
     network = model.load_model(loaded, strategy, facts, engine.device)
-    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     states, norms = [engine.gather_state(only_trained=True)], []
     Engine.micro_step = micro_step
     try:

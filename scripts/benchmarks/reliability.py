@@ -32,7 +32,7 @@ from pathlib import Path
 import psutil
 
 from finetune.checkpoint import snapshots
-from finetune.engine.devices import stale_compile_locks
+from finetune.engine.deepspeed.compile import stale_compile_locks
 from finetune.errors import UserError
 from finetune.launch import compatibility
 from finetune.launch.config_file import read_launch_file

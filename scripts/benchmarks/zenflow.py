@@ -23,8 +23,8 @@ from packaging.version import Version
 from torch import Tensor
 
 from finetune.data.collate import collate
-from finetune.engine.devices import prepare_libraries
-from finetune.engine.optim import make_optimizer
+from finetune.engine.libraries import prepare_libraries
+from finetune.engine.optimizer import make_optimizer
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
@@ -99,7 +99,9 @@ def run(name: str, recipe_path: str, strategy) -> dict:
     if section is not False:
         config["optimizer"] = {"type": "AdamW", "params": PARAMETERS}
     network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
-    optimizer = DummyOptim(list(network.parameters())) if section else make_optimizer(network, loaded.recipe, strategy)
+    optimizer = (
+        DummyOptim(list(network.parameters())) if section else make_optimizer(network, loaded.recipe.training, strategy)
+    )
     engine.prepare(SummedLoss(network), optimizer)
     zero3 = strategy.zero_stage == 3
     states, exported, norms = [] if zero3 else [live(engine)], engine.gather_state(only_trained=True), []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.engine.devices import stale_compile_locks
+from finetune.engine.deepspeed.compile import stale_compile_locks
 from tests.support.launch import CONFIGS, run, train
 from tests.support.tiny_models import small_recipe
 

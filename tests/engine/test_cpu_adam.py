@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.engine.deepspeed.config import cpu_adam
+from finetune.engine.deepspeed.cpu_adam import cpu_adam
 
 pytestmark = pytest.mark.slow  # the first use on a machine compiles the op
 

@@ -100,14 +100,15 @@ def test_optimizer_states_by_hand():
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"])
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
 def test_optimizer_states_are_what_a_real_step_leaves(kind):
-    from finetune.engine.kernels import OptimizerSettings, build_optimizer
+    from finetune.engine.optimizer import build_optimizer
     from finetune.launch.strategy import one_process
+    from finetune.recipe.fields import TrainingSection
 
     sizes = [100, 4095, 4096, 5000, 70000]
     parameters = [nn.Parameter(torch.randn(n)) for n in sizes]
     optimizer = build_optimizer(
         [{"params": parameters, "weight_decay": 0.0}],
-        OptimizerSettings(kind, 1e-3, 0.0, 0.9, 0.999, 1e-8),
+        TrainingSection(optim=kind, learning_rate=1e-3),
         one_process(use_cpu=True),
     )
     for parameter in parameters:

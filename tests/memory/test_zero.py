@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune.engine.deepspeed.buffers import fill_in, filled_in
-from finetune.engine.deepspeed.config import op_is_built
+from finetune.engine.deepspeed.compile import op_is_built
 from finetune.launch.strategy import Strategy
 from finetune.memory.trace import Numbers, Profile, Shape, profile
 from finetune.memory.zero.layout import pinned_bytes

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from finetune.data.collate import collate
-from finetune.engine.optim import make_optimizer
+from finetune.engine.optimizer import make_optimizer
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.model import load as model
 from finetune.model.parameters import parameter_elements
@@ -34,7 +34,7 @@ def count_collectives(recipe_path: str, strategy) -> list[dict]:
     facts = model.facts(loaded)
     network = model.load_model(loaded, strategy, facts, engine.device)
     parameters = sum(map(parameter_elements, network.parameters()))
-    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     random, found = np.random.default_rng(7), []
     for k in COUNTED_K:
         for measured in (False, False, True):

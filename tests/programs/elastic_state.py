@@ -21,8 +21,8 @@ from finetune.batching.windows import Position
 from finetune.checkpoint import checkpoint, snapshots
 from finetune.checkpoint.checkpoint import Progress
 from finetune.data.collate import collate
-from finetune.engine.devices import prepare_libraries
-from finetune.engine.optim import make_optimizer
+from finetune.engine.libraries import prepare_libraries
+from finetune.engine.optimizer import make_optimizer
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
@@ -74,7 +74,7 @@ def started(case: Case, recipe_path: str, clipping: float):
     engine = start_engine(EngineSettings(strategy, 2, 2, clipping))
     loaded = load_recipe(recipe_path, case.overrides)
     network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
-    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     return engine
 
 

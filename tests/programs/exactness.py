@@ -19,8 +19,8 @@ import torch
 from finetune.batching.layout import split_into_micro_batches
 from finetune.data.collate import collate
 from finetune.data.token_cache import Row
-from finetune.engine.devices import prepare_libraries
-from finetune.engine.optim import make_optimizer
+from finetune.engine.libraries import prepare_libraries
+from finetune.engine.optimizer import make_optimizer
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch import compatibility
 from finetune.launch.environment import from_environment
@@ -145,7 +145,7 @@ def run_case(case: Case, recipe_path: str, strategy, seed: int) -> dict:
         engine.accelerator.state.deepspeed_plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": case.buffer}
     facts = model.facts(loaded)
     network = model.load_model(loaded, strategy, facts, engine.device)
-    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     rows = rows_of(case, facts.vocabulary, seed)
     states, results = [engine.gather_state(only_trained=True)], []
     for window, part in zip(case.windows, rows, strict=True):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine.devices import prepare_libraries
-from finetune.engine.optim import make_optimizer
+from finetune.engine.libraries import prepare_libraries
+from finetune.engine.optimizer import make_optimizer
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
@@ -38,7 +38,7 @@ def main() -> None:
         "stage3_param_persistence_threshold": 0,
     }
     network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
-    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     names = {p.ds_id: name for name, p in engine.inner_model().named_parameters()}
     counts: collections.Counter[str] = collections.Counter()
     for parameter in engine.module.parameters():

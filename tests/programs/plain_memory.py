@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine.devices import prepare_libraries
-from finetune.engine.optim import make_optimizer
+from finetune.engine.libraries import prepare_libraries
+from finetune.engine.optimizer import make_optimizer
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.engine.state import save_state
 from finetune.engine.storages import StorageTracker
@@ -37,7 +37,7 @@ def main() -> None:
     with StorageTracker() as tracker:
         tracker.forget(batch.values())
         tracker.hold([*network.parameters(), *network.buffers()], "parameters")
-        engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+        engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
         engine.settle_buckets(batch)
         for _ in range(2):
             for k in range(3):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine.devices import prepare_libraries
 from finetune.engine.engine import Engine
+from finetune.engine.libraries import prepare_libraries
 from finetune.engine.scale_check import check_scale, start_probe_engine
 from finetune.engine.start import EngineSettings
 from finetune.errors import UserError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine.devices import prepare_libraries
+from finetune.engine.libraries import prepare_libraries
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by

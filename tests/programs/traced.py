@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine.optim import make_optimizer
+from finetune.engine.optimizer import make_optimizer
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.strategy import one_process
@@ -33,7 +33,7 @@ def real_peaks(loaded, facts, padded: bool, precision: str) -> dict[int, int]:
         EngineSettings(one_process(precision, use_cpu=True), 2, ROWS, loaded.recipe.training.max_grad_norm), print
     )
     network = model.load_model(loaded, engine.strategy, facts, engine.device)
-    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, engine.strategy))
+    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, engine.strategy))
     batch = {name: torch.ones(ROWS, TOKENS, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
     if padded:
         batch["attention_mask"][0, -7:] = 0

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from finetune.engine.deepspeed.buffers import fill_in, filled_in
-from finetune.engine.devices import prepare_libraries
-from finetune.engine.optim import make_optimizer
+from finetune.engine.libraries import prepare_libraries
+from finetune.engine.optimizer import make_optimizer
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.environment import from_environment
@@ -71,7 +71,7 @@ def measure(case: dict, recipe_path: str) -> dict:
         fill_in(section, case["settings"])
         engine.size_buffers(outlined)
         network = model.load_model(loaded, strategy, facts, engine.device)
-        engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+        engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
         gc.collect()
         found = {"prepared": tracker.live_bytes}
         batch = micro_batch()

@@ -22,7 +22,7 @@ from finetune.checkpoint import manifest, snapshots
 from finetune.checkpoint.checkpoint import differences
 from finetune.checkpoint.export import export_checkpoint
 from finetune.commands.cli import app
-from finetune.engine.optim import make_optimizer
+from finetune.engine.optimizer import make_optimizer
 from finetune.engine.start import EngineSettings, start_engine
 from finetune.engine.state import load_state
 from finetune.errors import UserError
@@ -125,7 +125,7 @@ def engine(saved_runs):
     strategy = one_process(use_cpu=True)
     engine = start_engine(EngineSettings(strategy, 4, 2, 1.0))
     network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
-    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe, strategy))
+    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     yield engine
     engine.release()
 

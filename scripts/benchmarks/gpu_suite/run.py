@@ -144,7 +144,7 @@ def remove_locks() -> None:
     """Whoever is killed while DeepSpeed builds an op leaves a lock behind, which every later case would refuse to start
     with.
     """
-    from finetune.engine.devices import stale_compile_locks
+    from finetune.engine.deepspeed.compile import stale_compile_locks
 
     for lock in stale_compile_locks():
         lock.unlink(missing_ok=True)

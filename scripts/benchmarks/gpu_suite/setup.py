@@ -192,8 +192,8 @@ def prepare_op(setup: Setup, folder: Path) -> dict:
 def build_op(setup: Setup, name: str) -> None:
     """Build DeepSpeed's C++ op cpu_adam or async_io unless it is. Raises NotRun with the reason where it cannot be
     built; the small run does not build async_io, which takes minutes."""
-    from finetune.engine.deepspeed.config import op_is_built
-    from finetune.engine.devices import prepare_libraries
+    from finetune.engine.deepspeed.compile import op_is_built
+    from finetune.engine.libraries import prepare_libraries
 
     prepare_libraries(use_cpu=setup.small)
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
