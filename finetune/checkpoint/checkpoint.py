@@ -2,67 +2,30 @@
 used.
 
 The position says everything that the next window and its learning rate depend on; the order of rows and all randomness
-are functions of it and the seed. What must be the same at a resume are the facts in the manifest: `differences`
-compares them."""
+are functions of it and the seed. What must be the same at a resume are the facts in the manifest:
+identity.py compares them."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-from finetune.batching.noise_scale import NoiseState
-from finetune.batching.windows import Position
 from finetune.checkpoint import snapshots
+from finetune.checkpoint.progress import Progress, read_progress
 from finetune.checkpoint.snapshots import Snapshot
 from finetune.engine.deepspeed.checkpoint import BYTES_FACTOR
 from finetune.engine.engine import Engine
 from finetune.engine.state import convert_state, load_converted, load_state, save_state
 from finetune.errors import UserError
-from finetune.report import redact
-from finetune.report.output_folder import STATE
+from finetune.report.run_folder import STATE
 
 # at most: DeepSpeed's weights in 16 bits, float32 copy and two moments; some more for the rest
 BYTES_PER_TRAINED_PARAMETER = 16
 PATIENCE_SECONDS = 60
-# Keys that change neither the rows of a window nor what is done with them.
-FREE_KEYS = (
-    "output_dir",
-    "include",
-    "logging.",
-    "checkpoint.",
-    "evaluation.",
-    "training.per_device_train_batch_size",
-    "training.gradient_accumulation_steps",
-    "training.gradient_checkpointing",
-    "training.device_memory",
-    "training.stop_on_loss_spike",
-    "training.step_timeout_seconds",
-)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is known of a run between two windows. `evaluations` are (step, loss) pairs, `seconds` over all its
-    processes.
-    """
-
-    position: Position = Position()
-    total_tokens: int = 0
-    train_loss: float | None = None
-    evaluations: tuple[tuple[int, float], ...] = ()
-    seconds: float = 0.0
-    recent_losses: tuple[float, ...] = ()  # of applied windows, for spikes.py
-
-    @property
-    def best_step(self) -> int | None:
-        """The step with the lowest evaluation loss."""
-        return min(self.evaluations, key=lambda pair: pair[1])[0] if self.evaluations else None
 
 
 def save(
@@ -173,50 +136,3 @@ def _all_see(engine: Engine, folder: Path, advice: str, patience_seconds: float 
     seen = engine.gather_objects((engine.host, folder.exists()))
     if blind := sorted({host for host, there in seen if not there}):
         raise UserError(f"{folder} is not on a disk that {', '.join(blind)} can see. {advice}")
-
-
-def read_progress(folder: Path) -> Progress:
-    """The progress in a checkpoint folder."""
-    document = json.loads((folder / STATE).read_text())
-    position = document.pop("position")
-    noise = NoiseState(**position.pop("noise"))
-    evaluations = tuple((step, loss) for step, loss in document.pop("evaluations"))
-    recent = tuple(document.pop("recent_losses"))
-    return Progress(Position(**position, noise=noise), evaluations=evaluations, recent_losses=recent, **document)
-
-
-def differences(then: dict, now: dict, allowed: Sequence[str] = ()) -> list[str]:
-    """What of a checkpoint's facts is different now, one `name: then -> now` each; keys in `allowed` may differ."""
-    old, new = flat(then), flat(now)
-    found = [name for name in sorted(old.keys() | new.keys()) if not _same(old.get(name), new.get(name))]
-    kept = [name for name in found if name.removeprefix("recipe.") not in allowed]
-    return [
-        f"{name.removeprefix('recipe.')}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}" for name in kept
-    ]
-
-
-def _same(then: object, now: object) -> bool:
-    """Whether two values agree. What was taken for a secret in one shell need not be known as one in another: its place
-    may hold any text.
-    """
-    if then == now or not (isinstance(then, str) and isinstance(now, str)):
-        return then == now
-    patterns = [
-        (re.escape(masked).replace(re.escape(redact.MASK), ".+"), text)
-        for masked, text in ((then, now), (now, then))
-        if redact.MASK in masked
-    ]
-    return any(re.fullmatch(pattern, text, re.DOTALL) for pattern, text in patterns)
-
-
-def comparable(recipe: dict) -> dict:
-    """The keys of a resolved recipe that a resume must find unchanged, dotted."""
-    return {key: value for key, value in flat(recipe).items() if not key.startswith(FREE_KEYS)}
-
-
-def flat(value: dict, prefix: str = "") -> dict:
-    """The leaves of nested mappings by their dotted names."""
-    leaves: dict = {}
-    for key, item in value.items():
-        leaves |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
-    return leaves

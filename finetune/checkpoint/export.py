@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.checkpoint.checkpoint import comparable, differences
+from finetune.checkpoint.identity import base_fingerprint, comparable, differences, tokenizer_fingerprint
 from finetune.checkpoint.manifest import Snapshot
 from finetune.checkpoint.survey import pick
 from finetune.engine.libraries import prepare_libraries
@@ -18,7 +18,6 @@ from finetune.model import load as model
 from finetune.model.save import write_model
 from finetune.recipe.load import Loaded, load_resolved
 from finetune.report import redact
-from finetune.training.resume import base_fingerprint, tokenizer_fingerprint
 
 OF_THE_MODEL = ("model.", "lora.")
 

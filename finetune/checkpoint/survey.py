@@ -11,8 +11,9 @@ from pathlib import Path
 
 from finetune.checkpoint import snapshots
 from finetune.checkpoint.manifest import MANIFEST, Snapshot, changed, examine, some
+from finetune.checkpoint.progress import read_progress
 from finetune.errors import UserError
-from finetune.report.output_folder import CHECKPOINTS, STATE
+from finetune.report.run_folder import CHECKPOINTS, STATE
 
 NEWEST = "newest"
 
@@ -121,18 +122,17 @@ def _state(snapshot: Snapshot) -> tuple[dict, str]:
     if problem:
         return {}, problem
     try:
-        state = json.loads((snapshot.folder / STATE).read_text(encoding="utf-8"))
-        position = state["position"]
-        return {
-            "window": int(position["window"]),
-            "epoch": int(position["epoch"]),
-            "rows": int(position["applied_rows"]),
-            "total_tokens": int(state["total_tokens"]),
-            "train_loss": _finite(state["train_loss"]),
-            "evaluations": {int(step): _finite(loss) for step, loss in state["evaluations"]},
-        }, ""
+        progress = read_progress(snapshot.folder)
     except (ValueError, TypeError, KeyError):
         return {}, f"{STATE} is no state of a run"
+    return {
+        "window": progress.position.window,
+        "epoch": progress.position.epoch,
+        "rows": progress.position.applied_rows,
+        "total_tokens": progress.total_tokens,
+        "train_loss": _finite(progress.train_loss),
+        "evaluations": {step: _finite(loss) for step, loss in progress.evaluations},
+    }, ""
 
 
 def _finite(value: float | None) -> float | None:

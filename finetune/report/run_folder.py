@@ -1,4 +1,6 @@
-"""metrics.jsonl and run.json: written by rank 0, readable at any moment."""
+"""A run's output folder: its names, run.json and metrics.jsonl (written by rank 0, readable at any moment); nothing is
+written through a link that leads out of it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.errors import UserError
 from finetune.report import redact
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 DEEPSPEED_FILE = "deepspeed.json"
+CHECKPOINTS, STATE = "checkpoints", "state.json"  # STATE: in each checkpoint, where the run was
+BEFORE = "before-"  # what was there before a run that started over: never written to again
 
 
 def write_json(path: Path, document: dict) -> None:
@@ -92,3 +97,27 @@ def _cut(metrics: Path, window: int, evaluated: Collection[int]) -> None:
         if row["window"] <= window if "window" in row else row["step"] in evaluated:
             kept.append(line)
     _replace(metrics, "".join(kept))
+
+
+def refuse_links_out(output_dir: Path) -> None:
+    """Raises UserError naming every symbolic link in `output_dir` and its checkpoints/ that leads out of it.
+
+    `output_dir` itself may be a link, and so may the folders above it.
+    """
+    home = os.path.realpath(output_dir)
+    found: list[str] = []
+    for folder in (output_dir, output_dir / CHECKPOINTS):
+        if not found and folder.is_dir():
+            links = sorted(
+                entry.path for entry in os.scandir(folder) if entry.is_symlink() and not entry.name.startswith(BEFORE)
+            )
+            found += [link for link in links if os.path.commonpath([home, os.path.realpath(link)]) != home]
+    if found:
+        raise UserError(
+            [
+                f"output_dir: {link} is a symbolic link to {os.path.realpath(link)}, outside of {output_dir}, and a run"
+                " writes nothing there. Remove the link, or set output_dir to a folder on that disk (output_dir itself"
+                " may be a link)."
+                for link in found
+            ]
+        )

@@ -14,14 +14,13 @@ from statistics import median
 
 from finetune.batching.windows import Position
 from finetune.checkpoint import checkpoint
-from finetune.checkpoint.checkpoint import Progress
+from finetune.checkpoint.progress import Progress
 from finetune.engine.devices import device_peak_bytes, host_peak_bytes
 from finetune.errors import Diverged, StopRequested
 from finetune.process.heartbeat import at
 from finetune.process.stop_signals import SAVE_FILE, Wishes
 from finetune.report.console import Console
-from finetune.report.output_folder import CHECKPOINTS
-from finetune.report.run_folder import RunFiles
+from finetune.report.run_folder import CHECKPOINTS, RunFiles
 from finetune.training import loss_spike
 from finetune.training.job import Job
 from finetune.training.step import StepResult, evaluate, row_list, train

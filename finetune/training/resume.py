@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import os
 from pathlib import Path
 
 from finetune.checkpoint import checkpoint, snapshots
-from finetune.checkpoint.checkpoint import Progress, comparable, differences
+from finetune.checkpoint.identity import base_fingerprint, comparable, differences, tokenizer_fingerprint, versions
+from finetune.checkpoint.progress import Progress
 from finetune.checkpoint.snapshots import Snapshot
 from finetune.engine.deepspeed.checkpoint import not_convertible
 from finetune.errors import UserError
 from finetune.recipe.load import Loaded, read_resolved
 from finetune.report import redact
 from finetune.report.console import Console
-from finetune.report.output_folder import BEFORE, CHECKPOINTS
+from finetune.report.run_folder import BEFORE, CHECKPOINTS
 from finetune.training.job import Job
-
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
-ENDS_BYTES = 1 << 20
-
-
-def versions() -> dict[str, str]:
-    """The versions of the libraries a run rests on."""
-    return {package: importlib.metadata.version(package) for package in PACKAGES}
-
-
-def base_fingerprint(name_or_path: str, revision: str) -> str:
-    """What the base model's weights are: the commit of a hub model; names, sizes and both ends of the files of a local
-    folder.
-
-    An adapter's checkpoint does not hold its base: another one in the same place must be noticed.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
-        return Path(cached).parent.name if isinstance(cached, str) else "unknown"
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
-        size = file.stat().st_size
-        with open(file, "rb") as content:
-            digest.update(f"{file.name} {size} ".encode() + content.read(ENDS_BYTES))
-            content.seek(max(0, size - ENDS_BYTES))
-            digest.update(content.read())
-    return digest.hexdigest()[:16]
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """What the tokenizer does: its pieces, merges and rules, and the chat template."""
-    text = (
-        tokenizer.backend_tokenizer.to_str()
-        if hasattr(tokenizer, "backend_tokenizer")
-        else str(sorted(tokenizer.get_vocab().items()))
-    )
-    return hashlib.sha256((text + str(tokenizer.chat_template)).encode()).hexdigest()
 
 
 def facts_of(job: Job) -> dict:

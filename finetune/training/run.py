@@ -25,7 +25,7 @@ from finetune.process.stop_signals import STOP_FILE, follow_launcher, listening
 from finetune.process.watchdog import watching
 from finetune.recipe.load import load_recipe
 from finetune.report import redact
-from finetune.report.output_folder import refuse_links_out
+from finetune.report.run_folder import refuse_links_out
 
 
 def run_rank(argv: Sequence[str]) -> None:
@@ -159,7 +159,7 @@ def _claim(output_dir: Path, console) -> None:
 
 def _start_trackers(job, console, output_dir: Path):
     """The recipe's trackers on rank 0, with the resolved recipe as their settings."""
-    from finetune.checkpoint.checkpoint import flat
+    from finetune.checkpoint.identity import flat
     from finetune.report.trackers import start
 
     recipe = job.plan.loaded.recipe
@@ -217,8 +217,8 @@ def _train_and_export(job, files, console, facts: dict, progress) -> dict:
 
 
 def _document(job) -> dict:
+    from finetune.checkpoint.identity import versions
     from finetune.engine.devices import device_name
-    from finetune.training.resume import versions
 
     plan = job.plan
     return {

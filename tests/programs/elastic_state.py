@@ -19,7 +19,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from finetune.batching.layout import split_into_micro_batches
 from finetune.batching.windows import Position
 from finetune.checkpoint import checkpoint, snapshots
-from finetune.checkpoint.checkpoint import Progress
+from finetune.checkpoint.progress import Progress
 from finetune.data.collate import collate
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.optimizer import make_optimizer

@@ -19,8 +19,8 @@ import torch
 from typer.testing import CliRunner
 
 from finetune.checkpoint import manifest, snapshots
-from finetune.checkpoint.checkpoint import differences
 from finetune.checkpoint.export import export_checkpoint
+from finetune.checkpoint.identity import differences
 from finetune.commands.cli import app
 from finetune.engine.optimizer import make_optimizer
 from finetune.engine.start import EngineSettings, start_engine
@@ -30,7 +30,7 @@ from finetune.launch.strategy import one_process
 from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
-from finetune.report import output_folder, redact
+from finetune.report import redact, run_folder
 from finetune.training.run import train_in_place
 from tests.support.launch import ROOT, environment, launch_file, program, run, train
 from tests.support.saved_runs import COMMON
@@ -338,10 +338,10 @@ def test_links_that_stay_inside_and_a_linked_output_folder_are_fine(tmp_path):
     (real / "checkpoints/x").symlink_to(output / "checkpoints")
     (real / "before-1").symlink_to("/")
     for folder in (output, tmp_path / "runs/real", real, tmp_path / "not there"):
-        output_folder.refuse_links_out(folder)
+        run_folder.refuse_links_out(folder)
     (real / "up").symlink_to("../real-not")  # a folder whose name begins alike is another one
     with pytest.raises(UserError, match="real-not, outside of"):
-        output_folder.refuse_links_out(output)
+        run_folder.refuse_links_out(output)
 
 
 # ---- secrets
