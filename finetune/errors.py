@@ -15,7 +15,7 @@ class FinetuneError(Exception):
 
 
 class UserError(FinetuneError):
-    """Something the user can mend: bad input, a launch that does not fit. One message per problem, all at once.
+    """A user error, to be fixed before the next start: bad input, a launch that does not fit. All problems at once.
 
     `messages` holds one problem per entry, each `where: what was found, what is allowed, what to change`.
     """
@@ -40,7 +40,7 @@ class StopRequested(FinetuneError):
 
 
 class Diverged(FinetuneError):
-    """Training left the finite numbers, or a verification failed. Nothing non-finite was written."""
+    """Loss or weights became NaN or infinite, or a verification failed. Nothing non-finite was written."""
 
     exit_code = 4
 
@@ -48,10 +48,7 @@ class Diverged(FinetuneError):
 def reason(error: Exception) -> str:
     """Why a file could not be read: the first line of a library's error, without torch's advice to trust a pickle."""
     if isinstance(error, UnpicklingError):
-        called = re.search(r"(?:GLOBAL|function:?) (\S+)", str(error))
-        return (
-            f"it is a pickle that asks for {called[1]}, and not plain tensors."
-            if called
-            else "it is no file of tensors."
-        )
+        if called := re.search(r"(?:GLOBAL|function:?) (\S+)", str(error)):
+            return f"it is a pickle that asks for {called[1]}, and not plain tensors."
+        return "it is no file of tensors."
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -10,8 +10,9 @@ from finetune.recipe.fields import AccumulationSection
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """Rows per optimizer step over the run: `(until, rows)` stages, each until that share of the run, the last until
-    1.
+    """Rows per optimizer step over the run.
+
+    `stages` are pairs `(until, rows)`, each valid until that share of the run; the last `until` is 1.
     """
 
     stages: tuple[tuple[float, int], ...]
@@ -20,8 +21,9 @@ class BatchSchedule:
     measure_every: int = 1  # windows between two measurements of the noise
 
     def rows(self, progress: float, doublings: int = 0) -> int:
-        """Scheduled rows of the step before which `progress` of the run is done, at so many doublings of an adaptive
-        batch.
+        """Scheduled rows of one optimizer step.
+
+        `progress` is the share of the run done before this step; an adaptive batch has been doubled `doublings` times.
         """
         rows = next((rows for until, rows in self.stages if progress < until), self.stages[-1][1])
         return max(1, round(rows * 2.0**doublings))
@@ -38,6 +40,7 @@ class BatchSchedule:
 
     @property
     def varies(self) -> bool:
+        """Whether the stages differ in their rows."""
         return len({rows for _, rows in self.stages}) > 1
 
 
@@ -50,9 +53,13 @@ def batch_schedule(accumulation: AccumulationSection, global_batch_rows: int, ep
         # sizes are the global batch times a power of two, so that few of them come and each is met again
         least, most = math.ceil(math.log2(accumulation.smallest)), math.floor(math.log2(accumulation.largest))
         return BatchSchedule(((1.0, global_batch_rows),), least, most, accumulation.measure_every)
-    stages = accumulation.warmup if accumulation.schedule == "warmup" else [[1.0, 1.0]]
+    stages = [(1.0, 1.0)]  # (until, share of the global batch)
     if accumulation.schedule == "warmup" and accumulation.by_epoch:
-        taken = accumulation.warmup[: math.ceil(epochs)]
-        stages = [(n / epochs, steps / max(accumulation.warmup)) for n, steps in enumerate(taken, start=1)]
+        assert epochs is not None, "the recipe's rules refuse one K per epoch where steps end the run"
+        taken = accumulation.steps_by_epoch[: math.ceil(epochs)]
+        most = max(accumulation.steps_by_epoch)
+        stages = [(n / epochs, steps / most) for n, steps in enumerate(taken, start=1)]
         stages[-1] = (1.0, stages[-1][1])
+    elif accumulation.schedule == "warmup":
+        stages = accumulation.shares
     return BatchSchedule(tuple((until, max(1, round(share * global_batch_rows))) for until, share in stages))

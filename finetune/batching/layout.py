@@ -21,11 +21,12 @@ def split_into_micro_batches(rows: Sequence[int], ranks: int, per_device_rows: i
 def largest_micro_batches(
     lengths: np.ndarray, order: np.ndarray, window_rows: int, per_device_rows: int, ranks: int = 1
 ) -> list[tuple[int, int, bool]]:
-    """Of the first micro-batches of all windows, and of the later ones if there are any, the one with the most tokens,
-    padding counted: (rows, longest row in tokens, whether rows differ in length).
+    """The micro-batches with the most tokens, padding counted.
 
-    `lengths` (rows,) are the tokens of each row; `order` the rows of one epoch, cut into windows of `window_rows` and
-    those as `split_into_micro_batches` does."""
+    Returns one for the windows' first micro-batches, and one for the later ones where there are any, each as (rows,
+    longest row in tokens, whether rows differ in length). `lengths` (rows,) are the tokens of each row; `order` holds
+    the rows of one epoch, which are cut into windows of `window_rows` and then as `split_into_micro_batches` does.
+    """
     offsets = np.arange(0, window_rows, per_device_rows)
     starts = (np.arange(0, len(order), window_rows)[:, None] + offsets).ravel()
     first = np.tile(offsets < ranks * per_device_rows, len(starts) // len(offsets))[starts < len(order)]

@@ -22,6 +22,7 @@ class LrScaling:
         """What the recipe's learning rate is multiplied with at a global batch of `batch_rows` rows."""
         if self.rule == "none":
             return 1.0
+        assert self.reference_rows is not None, "the recipe's rules ask for it with a rule"
         ratio = batch_rows / self.reference_rows
         return math.sqrt(ratio) if self.rule == "sqrt" else ratio
 
@@ -53,7 +54,8 @@ class Schedule:
 
     Exactly one of `max_steps` (optimizer steps) and `total_rows` (applied rows) ends the run; `planned_steps` is the
     number of steps either way when no window is skipped. `peak` is the learning rate before scaling. `warmup_share` is
-    set where the warm-up goes by progress and not by `warmup_steps`: steps are no measure when the batch varies."""
+    set where the warm-up goes by progress and not by `warmup_steps`: steps are no measure when the batch varies.
+    """
 
     shape: str
     peak: float
@@ -71,18 +73,25 @@ class Schedule:
 
     def progress(self, step: int, applied_rows: int) -> float:
         """Share of the run done before this step, in [0, 1]."""
-        done = step / self.max_steps if self.max_steps is not None else applied_rows / self.total_rows
-        return min(done, 1.0)
+        done, end = self._done_of(step, applied_rows)
+        return min(done / end, 1.0)
 
     def finished(self, step: int, applied_rows: int) -> bool:
         """Whether the run has done all it was asked to do."""
-        return step >= self.max_steps if self.max_steps is not None else applied_rows >= self.total_rows
+        done, end = self._done_of(step, applied_rows)
+        return done >= end
+
+    def _done_of(self, step: int, applied_rows: int) -> tuple[int, int]:
+        """(done, end), both in steps or both in rows, whichever ends the run."""
+        if self.max_steps is not None:
+            return step, self.max_steps
+        assert self.total_rows is not None, "steps or rows end a run"
+        return applied_rows, self.total_rows
 
     def learning_rate(self, step: int, applied_rows: int, doublings: int = 0) -> float:
-        """Learning rate of optimizer step number `step` (0 for the first), before which `applied_rows` rows were
-        applied.
+        """Learning rate of optimizer step number `step` (0 for the first).
 
-        `doublings` says how large an adaptive batch is at this step.
+        `applied_rows` were applied before it; `doublings` says how large an adaptive batch is at this step.
         """
         progress = self.progress(step, applied_rows)
         # the scheduled size: a short window keeps the learning rate of its neighbours
@@ -99,8 +108,9 @@ class Schedule:
 
 
 def decay(shape: str, progress: float) -> float:
-    """Factor on the peak learning rate after `progress` (0 to 1) of the decay. Raises ValueError for an unknown
-    shape.
+    """Factor on the peak learning rate after `progress` (0 to 1) of the decay.
+
+    Raises ValueError for an unknown shape.
     """
     if shape == "constant":
         return 1.0

@@ -9,7 +9,8 @@ Both numbers come from one window. Micro-batch i has t_i tokens and the mean gra
 gradient g: E|g_i|^2 = |G|^2 + tr(S) / t_i and E|g|^2 = |G|^2 + tr(S) / T. So (sum of t_i |g_i|^2 - T |g|^2) / (n - 1)
 estimates tr(S) and |g|^2 - tr(S) / T estimates |G|^2, both without bias for n micro-batches of any sizes; the paper has
 the case of two sizes. Tokens of one row are not independent, as the formulas take them to be: the scale is a measure of
-rows, in the unit of tokens."""
+rows, in the unit of tokens.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ HYSTERESIS = 0.75  # doublings between batch and noise scale before the batch ch
 
 @dataclass(frozen=True)
 class NoiseMeasurement:
-    """What one window showed. Squared gradient norms per trained token; unbiased, so either may be negative by
-    chance.
+    """The estimate from one window: squared gradient norms per trained token.
+
+    Both are unbiased, so either may be negative by chance.
     """
 
     noise: float  # tr(S)
@@ -48,30 +50,30 @@ class NoiseState:
         return max(self.noise, 0.0) / self.signal if self.measured and self.signal > 0 else None
 
     def smoothed(self, seen: NoiseMeasurement) -> NoiseState:
-        """The state with one more measurement in it. Noise and signal are averaged apart: their ratio would be
-        biased.
+        """The state with one more measurement in it.
+
+        Noise and signal are averaged apart: their ratio would be biased.
         """
         share = 1 / min(self.measured + 1, SMOOTHING)
-        noise, signal, tokens_per_row = (
-            old + share * (new - old)
-            for old, new in (
-                (self.noise, seen.noise),
-                (self.signal, seen.signal),
-                (self.tokens_per_row, seen.tokens_per_row),
-            )
+        return NoiseState(
+            self.doublings,
+            self.measured + 1,
+            noise=self.noise + share * (seen.noise - self.noise),
+            signal=self.signal + share * (seen.signal - self.signal),
+            tokens_per_row=self.tokens_per_row + share * (seen.tokens_per_row - self.tokens_per_row),
         )
-        return NoiseState(self.doublings, self.measured + 1, noise, signal, tokens_per_row)
 
 
 def measure(
     weighted_squares: float, micro_batches: int, tokens: float, rows: int, grad_norm: float
 ) -> NoiseMeasurement | None:
-    """One window's estimate; None where it has fewer than two micro-batches with tokens or a gradient that is not
-    finite.
+    """One window's estimate, or None.
 
+    None where the window has fewer than two micro-batches with tokens, or a gradient that is not finite.
     `weighted_squares` is the sum of t_i |g_i|^2 over the `micro_batches` that have tokens, of all ranks, with g_i the
     gradient of the micro-batch's mean loss; `grad_norm` is |g| before clipping, g the gradient of the window's mean
-    loss."""
+    loss.
+    """
     if micro_batches < 2 or not math.isfinite(weighted_squares + grad_norm):
         return None
     noise = (weighted_squares - tokens * grad_norm**2) / (micro_batches - 1)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from finetune.batching.batch_size import BatchSchedule
 from finetune.errors import UserError
 from finetune.report.text import count
 
-AUTO = "auto"
+Auto = Literal["auto"]
+AUTO: Final = "auto"
 
 
 @dataclass(frozen=True)
@@ -50,27 +53,35 @@ class BatchPlan:
         )
 
 
-def derive_batch(global_batch: int | str, per_device: int | str, steps: int | str, ranks: int, where=str) -> BatchPlan:
+def derive_batch(
+    global_batch: int | Auto,
+    per_device: int | Auto,
+    steps: int | Auto,
+    ranks: int,
+    where: Callable[[str], str] = str,
+) -> BatchPlan:
     """Fill in the one value that is `auto` and check the product.
 
     `where(key)` names the place of a recipe key for messages. Raises UserError with the arithmetic and the nearest
-    fixes."""
+    fixes.
+    """
     key = "training.global_batch_size"
     if per_device == AUTO and steps == AUTO:
         if global_batch == AUTO:
             raise UserError(
-                f"{where(key)}: {key}, per_device_train_batch_size and gradient_accumulation_steps are all auto. Set"
-                " one."
+                f"{where(key)}: {key}, per_device_train_batch_size and gradient_accumulation_steps are all auto."
+                " Set one."
             )
         return BatchPlan(global_batch, 1, _quotient(global_batch, 1, ranks, "rows", where), ranks, open=True)
     if global_batch == AUTO:
-        if AUTO in (per_device, steps):
+        if per_device == AUTO or steps == AUTO:
             raise UserError(
                 f"{where(key)}: {key} is auto, so per_device_train_batch_size and"
                 " gradient_accumulation_steps must both be numbers."
             )
         return BatchPlan(per_device * steps * ranks, per_device, steps, ranks)
     if per_device == AUTO:
+        assert steps != AUTO, "both are auto: answered above"
         return BatchPlan(global_batch, _quotient(global_batch, steps, ranks, "micro-batches", where), steps, ranks)
     if steps == AUTO:
         return BatchPlan(global_batch, per_device, _quotient(global_batch, per_device, ranks, "rows", where), ranks)
@@ -83,7 +94,7 @@ def derive_batch(global_batch: int | str, per_device: int | str, steps: int | st
     return BatchPlan(global_batch, per_device, steps, ranks)
 
 
-def _quotient(global_batch: int, factor: int, ranks: int, unit: str, where) -> int:
+def _quotient(global_batch: int, factor: int, ranks: int, unit: str, where: Callable[[str], str]) -> int:
     unit_rows = factor * ranks
     if global_batch % unit_rows == 0:
         return global_batch // unit_rows

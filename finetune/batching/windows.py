@@ -3,7 +3,8 @@
 A *window* is what one optimizer step sees: the rows of the global batch, or as many as a schedule says, over all ranks
 and micro-batches (the last window of an epoch may hold fewer). The order of the rows is a function of (seed, epoch)
 alone and a window takes the next rows of that order, so ranks and micro-batches only slice it: 1 rank x K=8, 2 x 4 and
-8 x 1 see the same rows in every window."""
+8 x 1 see the same rows in every window.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from finetune.batching.noise_scale import NoiseState
 
 @dataclass(frozen=True)
 class Window:
-    """The rows between two optimizer steps. `rows` are row numbers in training order, `first_row` their position in the
-    epoch.
+    """The rows between two optimizer steps.
+
+    `rows` are row numbers in training order, `first_row` is the position of the first of them in the epoch.
     """
 
     epoch: int
@@ -43,8 +45,9 @@ class Position:
     noise: NoiseState = NoiseState()  # what an adaptive batch follows
 
     def after(self, window: Window, applied: bool, noise: NoiseState | None = None) -> Position:
-        """The position behind this window. One that applied nothing has used its rows up, but is no step and no
-        progress.
+        """The position behind this window.
+
+        A window that applied nothing has used its rows up, but counts as no step and as no progress.
         """
         return Position(
             step=self.step + applied,
@@ -62,7 +65,8 @@ def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of `rows` rows, int64 (rows,): a function of (seed, epoch) alone.
 
     Sorted by raw PCG64 words, the part of numpy's generators whose stream is promised to stay the same between
-    versions."""
+    versions.
+    """
     words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(rows)
     order = np.argsort(words, kind="stable")
     order.flags.writeable = False
@@ -82,16 +86,15 @@ def rows_of_epoch(rows: int, epochs: float, epoch: int) -> int:
 
 
 def stream_window(position: Position, batch_rows: int) -> Window:
-    """The window at this position of an endless stream, whose rows are numbered by their place in it: training
-    order.
-    """
+    """The window at this position of an endless stream, whose rows are numbered in training order."""
     first = position.first_row
     return Window(0, position.window, first, tuple(range(first, first + batch_rows)))
 
 
 def next_window(position: Position, rows: int, batch_rows: int, seed: int, epochs: float = math.inf) -> Window | None:
-    """The window of at most `batch_rows` rows that begins at this position, None behind the last. It never spans two
-    epochs.
+    """The window of at most `batch_rows` rows that begins at this position, None behind the last.
+
+    It never spans two epochs.
     """
     epoch, first = position.epoch, position.first_row
     if first >= rows_of_epoch(rows, epochs, epoch):

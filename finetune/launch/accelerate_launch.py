@@ -1,6 +1,4 @@
-"""`accelerate launch` as `finetune train` starts it: it leaves word of the ranks that died, and no traceback of its
-own.
-"""
+"""`accelerate launch` as `finetune train` starts it: records which ranks died, and prints no traceback of its own."""
 
 from __future__ import annotations
 

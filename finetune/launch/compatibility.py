@@ -13,7 +13,6 @@ from finetune.recipe.rules import RECIPE_ROWS, Incompatible, value_of
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 FLASH = ("flash_attention_2", "flash_attention_3")
 
-
 ROWS = (
     Incompatible(
         recipe="model.load_in_4bit: true (QLoRA)",
@@ -79,7 +78,7 @@ ROWS = (
 
 
 def met(recipe: Recipe, strategy: Strategy) -> list[Incompatible]:
-    """The rows that this recipe and this launch meet; none when they go together."""
+    """The rows that this recipe and this launch meet; none when the two are compatible."""
     return [row for row in ROWS if row.holds(recipe, strategy)]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.errors import UserError
-from finetune.launch.strategy import Strategy
+from finetune.launch.strategy import PRECISIONS, TARGETS, Precision, Strategy, Target
 from finetune.recipe.foreign_keys import NO_ZENFLOW
 from finetune.recipe.strict_yaml import Document, KeyPath, dotted, parse
 from finetune.recipe.suggest import closest
@@ -33,8 +33,8 @@ DEEPSPEED_KEYS = frozenset(
     "deepspeed_config_file".split()
 )
 DISTRIBUTED = ("NO", "MULTI_GPU", "DEEPSPEED")
-PRECISIONS = ("no", "bf16", "fp16")
-OFFLOAD = ("none", "cpu", "nvme")
+Choice = TypeVar("Choice", bound=str)
+Number = TypeVar("Number", int, float)
 
 
 class LaunchFile:
@@ -51,12 +51,13 @@ class LaunchFile:
             raise UserError(f"{self.name}: is not an accelerate launch file; see accelerate_configs/ for examples.")
 
     def refuse(self, key: str | KeyPath, message: str) -> None:
+        """Add a problem with the line of `key`, or of its section."""
         path = (key,) if isinstance(key, str) else key
         lines = self.document.lines
         line = lines.get(path) or lines.get(path[:1]) or 1
         self.problems.append((line, f"{self.name}:{line}: {message}"))
 
-    def choice(self, path: KeyPath, default: str, choices: tuple[str, ...], advice: str = "") -> str:
+    def choice(self, path: KeyPath, default: Choice, choices: tuple[Choice, ...], advice: str = "") -> Choice:
         """The text at `path`, one of `choices` in any case; otherwise a problem and the default."""
         holder = self.deepspeed if len(path) > 1 else self.values
         value = holder.get(str(path[-1]))
@@ -78,18 +79,19 @@ class LaunchFile:
         return 1
 
     def flag(self, key: str) -> bool:
+        """The boolean under `key`, False where it is absent; otherwise a problem and False."""
         value = self.values.get(key, False)
         if not isinstance(value, bool):
             self.refuse(key, f"{key} is {_show(value)}; it must be true or false, without quotes.")
         return value is True
 
-    def knob(self, key: str, kinds: tuple[type, ...]) -> Any:
-        """A recipe-owned number in deepspeed_config: None when absent or `auto`."""
+    def knob(self, key: str, kind: type[Number]) -> Number | None:
+        """A number above 0 in deepspeed_config that the recipe may give too; None when absent or `auto`."""
         value = self.deepspeed.get(key)
         if value is None or value == "auto":
             return None
-        if isinstance(value, kinds) and not isinstance(value, bool) and value > 0:
-            return value
+        if isinstance(value, int | kind) and not isinstance(value, bool) and value > 0:
+            return kind(value)
         where = ("deepspeed_config", key)
         self.refuse(where, f"{dotted(where)} is {_show(value)}; it must be a number above 0.")
         return None
@@ -120,23 +122,22 @@ def read_launch_file(path: str | os.PathLike[str]) -> Strategy:
         if file.deepspeed:
             file.refuse("deepspeed_config", f"deepspeed_config is ignored with distributed_type {kind}; remove it.")
         file.finish()
-        engine = "ddp" if ranks > 1 else "single"
-        return Strategy(file.name, engine, ranks, machines, precision, use_cpu)
+        return Strategy(file.name, "ddp" if ranks > 1 else "single", ranks, machines, precision, use_cpu)
     stage = file.deepspeed.get("zero_stage", 2)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         where = ("deepspeed_config", "zero_stage")
         file.refuse(where, f"deepspeed_config.zero_stage is {stage!r}; it must be 1, 2 or 3.")
         stage = 3
     optimizer, param, folder = offload(file, stage)
-    steps = file.knob("gradient_accumulation_steps", (int,))
-    clipping = file.knob("gradient_clipping", (int, float))
+    steps = file.knob("gradient_accumulation_steps", int)
+    clipping = file.knob("gradient_clipping", float)
     file.finish()
     return Strategy(
         file.name, "deepspeed", ranks, machines, precision, use_cpu, stage, optimizer, param, folder, steps, clipping
     )
 
 
-def _precision(file: LaunchFile) -> str:
+def _precision(file: LaunchFile) -> Precision:
     if file.values.get("mixed_precision") is False:
         # YAML 1.1 reads an unquoted no as False, and accelerate crashes on it
         file.refuse("mixed_precision", "mixed_precision: no is read as false; write 'no' with quotes.")
@@ -205,13 +206,13 @@ def check_ranks(file: LaunchFile, kind: str, ranks: int, machines: int, use_cpu:
         file.refuse("deepspeed_config", f"num_machines is {machines}: {why} under deepspeed_config.")
 
 
-def offload(file: LaunchFile, stage: int) -> tuple[str, str, str | None]:
+def offload(file: LaunchFile, stage: int) -> tuple[Target, Target, str | None]:
     """(optimizer, parameters) offload targets and the NVMe folder, checked against the ZeRO stage."""
-    targets: dict[str, str] = {}
+    targets: dict[str, Target] = {}
     folders: dict[str, str] = {}
     for what, lowest in (("optimizer", {"cpu": 1, "nvme": 3}), ("param", {"cpu": 3, "nvme": 3})):
         where = ("deepspeed_config", f"offload_{what}_device")
-        target = file.choice(where, "none", OFFLOAD)
+        target = file.choice(where, "none", TARGETS)
         if target != "none" and stage < lowest[target]:
             need = f"ZeRO stage {lowest[target]}{' or higher' if lowest[target] < 3 else ''}"
             file.refuse(where, f"{dotted(where)} is {target}, which needs {need}, not {stage}.")

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 
 from finetune.errors import UserError
-from finetune.launch.config_file import PRECISIONS, read_launch_file
-from finetune.launch.strategy import Strategy
+from finetune.launch.config_file import Choice, read_launch_file
+from finetune.launch.strategy import PRECISIONS, TARGETS, Kind, Strategy
 
 
 def is_launched() -> bool:
@@ -27,11 +27,9 @@ def from_environment(environ: Mapping[str, str], config_file: str | os.PathLike[
     file = read_launch_file(config_file) if config_file is not None else None
     launched = "LOCAL_RANK" in environ or any(key.startswith("ACCELERATE_") for key in environ)
     source = file.source if file else "environment" if launched else "one process"
-    precision = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    use_cpu = bool(file and file.use_cpu) or _true(environ, "ACCELERATE_USE_CPU")
     problems = _refused(environ)
-    if precision not in PRECISIONS:
-        problems.append(f"mixed precision is {precision}; it must be no, bf16 or fp16.")
+    precision = _choice(environ.get("ACCELERATE_MIXED_PRECISION", "no"), PRECISIONS, "mixed precision", problems)
+    use_cpu = bool(file and file.use_cpu) or _true(environ, "ACCELERATE_USE_CPU")
     # some clusters set WORLD_SIZE for programs that no launcher started; accelerate goes by LOCAL_RANK too
     ranks = _count(environ, "WORLD_SIZE", 1) if "LOCAL_RANK" in environ else 1
     machines = max(1, ranks // max(1, _count(environ, "LOCAL_WORLD_SIZE", ranks)))
@@ -40,14 +38,16 @@ def from_environment(environ: Mapping[str, str], config_file: str | os.PathLike[
     if not deepspeed:
         if problems:
             raise UserError([f"launch: {problem}" for problem in problems])
-        engine = "ddp" if ranks > 1 else "single"
-        return Strategy(source, engine, ranks, machines, precision, use_cpu, gradient_accumulation_steps=steps)
+        kind: Kind = "ddp" if ranks > 1 else "single"
+        return Strategy(source, kind, ranks, machines, precision, use_cpu, gradient_accumulation_steps=steps)
     stage = _count(environ, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
     if stage not in (1, 2, 3):
         problems.append(f"ZeRO stage {stage} is not supported; use 1, 2 or 3.")
-    optimizer, param = (environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{w}_DEVICE", "none") for w in ("OPTIMIZER", "PARAM"))
+    devices = [f"ACCELERATE_DEEPSPEED_OFFLOAD_{w}_DEVICE" for w in ("OPTIMIZER", "PARAM")]
+    optimizer, param = (_choice(environ.get(name, "none"), TARGETS, name, problems) for name in devices)
     names = [f"ACCELERATE_DEEPSPEED_OFFLOAD_{w}_NVME_PATH" for w in ("OPTIMIZER", "PARAM")]
-    folder = next((environ[n] for n in names if environ.get(n, "none") not in ("", "none")), file and file.nvme_path)
+    of_file = file.nvme_path if file else None
+    folder = next((environ[n] for n in names if environ.get(n, "none") not in ("", "none")), of_file)
     if "nvme" in (optimizer, param) and not folder:
         problems.append(
             "NVMe offload without a folder: accelerate does not pass --offload_*_nvme_path on. Put the folder into a"
@@ -58,6 +58,14 @@ def from_environment(environ: Mapping[str, str], config_file: str | os.PathLike[
     return Strategy(
         source, "deepspeed", ranks, machines, precision, use_cpu, stage, optimizer, param, folder, steps, clipping
     )
+
+
+def _choice(text: str, choices: tuple[Choice, ...], what: str, problems: list[str]) -> Choice:
+    """`text` as one of `choices`, in any case; otherwise the first of them, and a problem."""
+    found = next((choice for choice in choices if choice == text.lower()), None)
+    if found is None:
+        problems.append(f"{what} is {text.lower()}; it must be {', '.join(choices[:-1])} or {choices[-1]}.")
+    return found or choices[0]
 
 
 def _refused(environ: Mapping[str, str]) -> list[str]:

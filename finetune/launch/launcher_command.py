@@ -43,10 +43,11 @@ def launched_by() -> tuple[int | None, str | None]:
     parents, process = [], psutil.Process()
     for _ in range(GENERATIONS):
         try:
-            process = process.parent()
-            if process is None:
+            parent = process.parent()
+            if parent is None:
                 break
-            parents.append((process.cmdline(), process.cwd()))
+            parents.append((parent.cmdline(), parent.cwd()))
+            process = parent
         except psutil.Error:
             break
     return asked(parents, os.environ)
@@ -133,7 +134,7 @@ def _split(argv: Sequence[str]) -> tuple[str, dict[str, str]] | None:
             return "torch", _options(argv[i + 1 :])
         if module in _TORCH_MODULES:
             return "torch", _options(argv[i + 2 :])
-        if name.endswith(".py") and i > 0 or module:
+        if (name.endswith(".py") and i > 0) or module:
             return None  # the program is another one; what follows are its own arguments
     return None
 

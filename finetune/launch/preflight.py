@@ -16,6 +16,7 @@ from finetune.launch import compatibility
 from finetune.launch.config_file import read_launch_file
 from finetune.launch.strategy import Strategy, one_process
 from finetune.recipe.load import Loaded, load_recipe
+from finetune.report.text import count
 
 T = TypeVar("T")
 MANY_MICRO_BATCHES = 16  # K above this without clipping is warned about
@@ -23,7 +24,7 @@ MANY_MICRO_BATCHES = 16  # K above this without clipping is warned about
 
 @dataclass(frozen=True)
 class Settled:
-    """A recipe and a strategy that go together: who owns which knob is decided, every batch number is known."""
+    """A recipe and a strategy that are compatible, with every batch number known."""
 
     loaded: Loaded
     strategy: Strategy
@@ -32,7 +33,7 @@ class Settled:
 
 
 def first_stage(recipe_path: str, overrides: Sequence[str], launch_file: str | None) -> Settled:
-    """Read recipe and launch file (None: one process) and settle them. Raises UserError with all problems of both."""
+    """Read recipe and launch file (None: one process) and resolve them. Raises UserError with all problems of both."""
     problems: list[str] = []
     loaded = collect(problems, lambda: load_recipe(recipe_path, overrides))
     strategy = collect(problems, lambda: read_launch_file(launch_file) if launch_file else one_process())
@@ -42,7 +43,7 @@ def first_stage(recipe_path: str, overrides: Sequence[str], launch_file: str | N
 
 
 def settle(loaded: Loaded, strategy: Strategy) -> Settled:
-    """Check the combination and derive the batch. Raises UserError with every problem."""
+    """Check recipe and strategy together and derive the batch. Raises UserError with every problem."""
     problems = compatibility.refusals(loaded, strategy) + _trackers_not_installed(loaded)
     planned = collect(problems, lambda: plan_batch(loaded, strategy))
     if planned is not None:
@@ -63,7 +64,10 @@ def _trackers_not_installed(loaded: Loaded) -> list[str]:
 
 
 def _too_few_to_measure(loaded: Loaded, batch: BatchPlan) -> list[str]:
-    """An adaptive batch needs two micro-batches with rows in its smallest window: noise is what they differ by."""
+    """The problem, if any, that an adaptive batch's smallest window has fewer than two micro-batches with rows.
+
+    The gradient noise is what the micro-batches of a window differ by.
+    """
     accumulation = loaded.recipe.accumulation
     if accumulation.schedule != "adaptive":
         return []
@@ -74,16 +78,15 @@ def _too_few_to_measure(loaded: Loaded, batch: BatchPlan) -> list[str]:
     enough = 2.0 ** math.ceil(math.log2((batch.per_device_rows + 1) / batch.global_batch_rows))
     change = f"Use smallest {enough:g}, or a smaller micro-batch." if enough <= 1 else "Use a smaller micro-batch."
     return [
-        f"{loaded.where(key)}: {key} is {accumulation.smallest:g}, so the smallest batch is {smallest}"
-        f" row{'s' * (smallest != 1)}, one micro-batch of {batch.per_device_rows}. The gradient noise is measured"
-        f" between the micro-batches of a window: at least two must have rows. {change}"
+        f"{loaded.where(key)}: {key} is {accumulation.smallest:g}, so the smallest batch is {count(smallest, 'row')},"
+        f" one micro-batch of {batch.per_device_rows}. The gradient noise is measured between the micro-batches of a"
+        f" window: at least two must have rows. {change}"
     ]
 
 
 def _smallest_window(loaded: Loaded, batch: BatchPlan) -> int:
-    schedule = batch_schedule(
-        loaded.recipe.accumulation, batch.global_batch_rows, loaded.recipe.training.num_train_epochs
-    )
+    recipe = loaded.recipe
+    schedule = batch_schedule(recipe.accumulation, batch.global_batch_rows, recipe.training.num_train_epochs)
     return schedule.rows(0.0, schedule.least_doublings)
 
 
@@ -103,14 +106,14 @@ def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
 
 
 def batch_line(loaded: Loaded, batch: BatchPlan) -> str:
-    """The global batch and its factors, and the others that the schedule brings."""
+    """The global batch and its factors, and how the schedule changes them over the run."""
     epochs = loaded.recipe.training.num_train_epochs
     schedule = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, epochs)
     return batch.line() + (f"; {batch.stages_line(schedule)}" if schedule.varies or schedule.adapts else "")
 
 
 def advice(loaded: Loaded, batch: BatchPlan, max_grad_norm: float) -> list[str]:
-    """One line each for what runs as asked but is worth a second thought."""
+    """Warnings, one line each, about settings that run but are risky."""
     if batch.open or batch.accumulation_steps <= MANY_MICRO_BATCHES or max_grad_norm > 0:
         return []
     key = "training.max_grad_norm"
@@ -130,9 +133,7 @@ def collect(problems: list[str], read: Callable[[], T]) -> T | None:
 
 
 def plan_batch(loaded: Loaded, strategy: Strategy) -> tuple[BatchPlan, float]:
-    """Batch arithmetic and max_grad_norm of a recipe under a launch. Raises UserError where they do not fit
-    together.
-    """
+    """(batch, max_grad_norm) of a recipe under a launch. Raises UserError where the numbers contradict each other."""
     steps, max_grad_norm = merge_knobs(loaded, strategy)
     training = loaded.recipe.training
     global_batch, per_device = training.global_batch_size, training.per_device_train_batch_size

@@ -1,5 +1,6 @@
-"""`finetune train --launch X`, `finetune verify --launch X`: check first, start `accelerate launch`, end with the
-trainer's own status and message.
+"""`finetune train --launch X` and `finetune verify --launch X`: check first, then start `accelerate launch`.
+
+The command ends with the trainer's own exit status and message.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SAVING_SECONDS = 600  # how long torchrun waits for ranks that were asked to sto
 
 
 class LaunchedRunFailed(FinetuneError):
-    """The launched trainer ended with a status of its own; the message is its last."""
+    """The launched trainer failed: `exit_code` is its exit status, the message is its last message."""
 
     def __init__(self, code: int, message: str):
         super().__init__(message)
@@ -59,10 +60,9 @@ def launch_verify(recipe_path: str, overrides: Sequence[str], launch_file: str, 
         report = Path(folder) / "report"
         extra = {REPORT_FILE: str(report)}
         try:
+            command = ["-m", "finetune", "verify", recipe_path, *overrides, *options]
             # the launcher, too, imports DeepSpeed, which prints to stdout: only the report belongs there
-            _launch(
-                strategy, launch_file, ["-m", "finetune", "verify", recipe_path, *overrides, *options], extra, stdout=2
-            )
+            _launch(strategy, launch_file, command, extra, stdout=2)
         finally:
             if report.exists():
                 print(report.read_text(), flush=True)
@@ -85,9 +85,7 @@ def _launch(
     # -m finds the package in an uninstalled checkout too
     above = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as folder:
-        environment = (
-            dict(os.environ) | {SHARED_FOLDER: folder, "PYTHONPATH": os.pathsep.join(above)} | extra_environment
-        )
+        environment = {**os.environ, SHARED_FOLDER: folder, "PYTHONPATH": os.pathsep.join(above), **extra_environment}
         environment["FINETUNE_REQUESTED_PROCESSES"] = str(strategy.ranks)
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))  # torchrun's own 30 s are no save
         kills = kills_for_memory()
@@ -99,16 +97,15 @@ def _launch(
     if end is not None:
         raise LaunchedRunFailed(end.code, end.words)
     if code:
-        raise LaunchedRunFailed(
-            code if code > 0 else 128 - code, f"the launched process exited with status {code} and printed no error"
-        )
+        message = f"the launched process exited with status {code} and printed no error"
+        raise LaunchedRunFailed(code if code > 0 else 128 - code, message)
 
 
 def _deaths(folder: Path, status: int, for_memory: bool) -> list[End]:
-    """The ranks that ended without a word of their own; `status` is that of the only process, where there is no
-    launcher.
+    """How the ranks ended that recorded no end of their own.
 
-    `for_memory` says that the kernel has killed something for want of memory in the meantime.
+    `status` is the exit status of the only process where there is no launcher, else 0. `for_memory` says that the
+    kernel's out-of-memory killer has killed some process in the meantime.
     """
     said = {end.rank for end in root_cause.left(folder)}
     places = {place.rank: place for place in heartbeat.places(folder)}
@@ -120,16 +117,16 @@ def _deaths(folder: Path, status: int, for_memory: bool) -> list[End]:
         rank, status = death["rank"], death["status"]
         if rank in said:
             continue
-        message = f"{places.get(rank) or f'rank {rank}'}: exited with status {status} and printed no error"
+        name = places.get(rank) or f"rank {rank}"
+        message = f"{name}: exited with status {status} and printed no error"
         if status < 0:
-            message = f"{places.get(rank) or f'rank {rank}'}: killed by {_signal_name(-status)}"
+            message = f"{name}: killed by {_signal_name(-status)}"
         if status == -signal.SIGKILL:
             # probably: the kernel did so, to some process of this machine
             why = "probably" if for_memory else "possibly"
             message += f", {why} by the out-of-memory killer (host memory limit: {host_memory()})"
-        found.append(
-            End(rank, death["pid"], death["time"], status if status > 0 else 128 - status, message + ".", alone=True)
-        )
+        code = status if status > 0 else 128 - status
+        found.append(End(rank, death["pid"], death["time"], code, message + ".", alone=True))
     return found
 
 
@@ -138,8 +135,9 @@ def _signal_name(number: int) -> str:
 
 
 def _run(command: list[str], environment: dict[str, str], stdout: int | None) -> int:
-    """Run the launcher to its end; its exit status. SIGTERM and SIGINT go to the ranks, which save: a launcher would
-    leave them behind.
+    """Run the launcher to its end and return its exit status.
+
+    SIGTERM and SIGINT are sent on to the ranks, which save: a launcher would leave them behind.
     """
     process = subprocess.Popen(
         command,
@@ -151,11 +149,8 @@ def _run(command: list[str], environment: dict[str, str], stdout: int | None) ->
     )
 
     def ranks() -> list[int]:
-        return [
-            place.pid
-            for place in heartbeat.places(Path(environment[SHARED_FOLDER]))
-            if root_cause.is_running(place.pid)
-        ]
+        places = heartbeat.places(Path(environment[SHARED_FOLDER]))
+        return [place.pid for place in places if root_cause.is_running(place.pid)]
 
     def forward(number: int, frame: object) -> None:
         pids = ranks()

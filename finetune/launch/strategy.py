@@ -7,8 +7,13 @@ from typing import Literal
 
 from finetune.report.text import count
 
+Kind = Literal["single", "ddp", "deepspeed"]
+Precision = Literal["no", "bf16", "fp16"]
 Target = Literal["none", "cpu", "nvme"]
+PRECISIONS: tuple[Precision, ...] = ("no", "bf16", "fp16")
+TARGETS: tuple[Target, ...] = ("none", "cpu", "nvme")  # of offload
 PRECISION_NAMES = {"no": "float32", "bf16": "bf16 mixed precision", "fp16": "fp16 mixed precision"}
+ENGINE_NAMES = {"single": "one process", "ddp": "data parallel (DDP)"}
 
 
 @dataclass(frozen=True)
@@ -16,10 +21,10 @@ class Strategy:
     """How a run is laid out over hardware: nothing here changes the resulting weights."""
 
     source: str  # the launch file's path, "environment" or "one process"
-    engine: Literal["single", "ddp", "deepspeed"]
+    engine: Kind
     ranks: int  # over all machines
     machines: int
-    mixed_precision: Literal["no", "bf16", "fp16"]
+    mixed_precision: Precision
     use_cpu: bool  # True: asked for the CPU; False: whatever device is there
     zero_stage: int = 0  # 0 without DeepSpeed
     offload_optimizer: Target = "none"
@@ -40,11 +45,7 @@ class Strategy:
 
     def describe(self) -> str:
         """One line for people: engine, offload, ranks, precision."""
-        parts = [
-            {"single": "one process", "ddp": "data parallel (DDP)"}.get(
-                self.engine, f"DeepSpeed ZeRO-{self.zero_stage}"
-            )
-        ]
+        parts = [ENGINE_NAMES.get(self.engine, f"DeepSpeed ZeRO-{self.zero_stage}")]
         offloaded = (("optimizer", self.offload_optimizer), ("parameters", self.offload_param))
         parts += [f"{what} on {where}" for what, where in offloaded if where != "none"]
         if self.engine != "single":
@@ -54,6 +55,6 @@ class Strategy:
         return ", ".join([*parts, PRECISION_NAMES[self.mixed_precision]])
 
 
-def one_process(mixed_precision: str = "no", use_cpu: bool = False) -> Strategy:
+def one_process(mixed_precision: Precision = "no", use_cpu: bool = False) -> Strategy:
     """The strategy of a plain `python finetune/train.py`."""
     return Strategy("one process", "single", 1, 1, mixed_precision, use_cpu)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 NOT_TRAINED = -100
+Objective = Callable[[nn.Module, dict[str, Tensor]], Tensor]  # (model, micro-batch) -> summed loss
 
 
 def sft_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -14,7 +17,8 @@ def sft_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
     `batch` holds input_ids, attention_mask and labels, each (rows, tokens); labels are -100 where nothing is trained
     and are shifted here: position t predicts labels[:, t + 1]. A micro-batch without a trained token gives 0 with zero
-    gradients."""
+    gradients.
+    """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     # The labels are shifted, not the logits: slicing the logits would copy the largest tensor of the step.
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=NOT_TRAINED)
@@ -25,9 +29,10 @@ class SummedLoss(nn.Module):
     """The module that is prepared by Accelerate: model, head and loss in one forward.
 
     With everything inside, DDP's reducer and ZeRO's gathering see the whole forward, whatever the loss does with the
-    model."""
+    model.
+    """
 
-    def __init__(self, model: nn.Module, objective=sft_loss):
+    def __init__(self, model: nn.Module, objective: Objective = sft_loss):
         super().__init__()
         self.model = model
         self.objective = objective

@@ -205,6 +205,16 @@ class AccumulationSection(Section):
         """Whether `warmup` says one K per epoch."""
         return isinstance(self.warmup[0], int)
 
+    @property
+    def steps_by_epoch(self) -> list[int]:
+        """`warmup` as one K per epoch; empty where it holds pairs."""
+        return [steps for steps in self.warmup if isinstance(steps, int)]
+
+    @property
+    def shares(self) -> list[tuple[float, float]]:
+        """`warmup` as pairs (until this share of the run, this share of the global batch); empty where it holds K."""
+        return [(pair[0], pair[1]) for pair in self.warmup if isinstance(pair, list)]
+
 
 class EvaluationSection(Section):
     """When the held-out loss is measured: also before the first step and at the end."""

@@ -1,11 +1,10 @@
-"""Values of one recipe that do not go together, whatever the launch file: the recipe's part of the compatibility
-table.
-"""
+"""Incompatible values of one recipe, whatever the launch file: the recipe's part of the compatibility table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from finetune.recipe.fields import Recipe
 from finetune.recipe.row_formats import COLUMNS
@@ -27,7 +26,7 @@ class Incompatible:
 
 
 def _rise_to_one(shares: list[float]) -> bool:
-    return all(a < b for a, b in zip(shares, shares[1:])) and shares[-1] == 1.0
+    return all(a < b for a, b in pairwise(shares)) and shares[-1] == 1.0
 
 
 RECIPE_ROWS = (
@@ -58,7 +57,7 @@ RECIPE_ROWS = (
         recipe="accumulation.warmup whose shares of the run do not rise to 1",
         key="accumulation.warmup",
         holds=lambda recipe: (
-            not recipe.accumulation.by_epoch and not _rise_to_one([until for until, _ in recipe.accumulation.warmup])
+            not recipe.accumulation.by_epoch and not _rise_to_one([until for until, _ in recipe.accumulation.shares])
         ),
         reason="the first numbers of the pairs are shares of the run: they must rise, and the last one is 1.0",
         instead="write for example [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]",
@@ -128,8 +127,12 @@ RECIPE_ROWS = (
 
 def recipe_refusals(recipe: Recipe) -> list[tuple[str, str]]:
     """(dotted key, sentence) for what a recipe alone gets wrong between two of its own values."""
-    rows = [row for row in RECIPE_ROWS if row.holds(recipe)]
-    found = [(row.key, f"{row.key} is {value_of(recipe, row.key)}, but {row.reason}: {row.instead}.") for row in rows]
+    found = []
+    for row in RECIPE_ROWS:
+        if row.holds(recipe):
+            assert row.key is not None, "every row of the recipe's part points to a key"
+            said = f"{row.key} is {value_of(recipe, row.key)}, but {row.reason}: {row.instead}."
+            found.append((row.key, said))
     return found + _source_refusals(recipe)
 
 
