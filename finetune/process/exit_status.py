@@ -16,21 +16,22 @@ from finetune.process import heartbeat, root_cause
 from finetune.process.root_cause import End
 from finetune.report import redact
 
-STATUS_FILE = "FINETUNE_STATUS_FILE"  # environment variable: where the first to fail leaves its exit status and message
-REPORT_FILE = (  # environment variable: where a launched command leaves what its launcher shall print
-    "FINETUNE_REPORT_FILE"
-)
+# Environment variables: where the first to fail leaves its exit status and message, and where a launched command leaves
+# what its launcher prints.
+STATUS_FILE = "FINETUNE_STATUS_FILE"
+REPORT_FILE = "FINETUNE_REPORT_FILE"
 INTERRUPTED = 130  # Ctrl-C: the shell's own convention, 128 + SIGINT
 
 
 def guarded(body: Callable[[], None]) -> int:
-    """Run `body`; returns the exit status. An expected end prints its message last; anything else keeps its
-    traceback.
+    """Run `body` and return the exit status.
+
+    An expected error prints its message as the last line; any other keeps its traceback.
     """
     heartbeat.here()  # the launcher and the other ranks know this process from now on
     try:
         body()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever ends a rank becomes its exit status
         own, stands = settle(error)
         if stands.rank == own.rank:
             a_bug = not isinstance(error, (FinetuneError, KeyboardInterrupt)) and stands == own
@@ -43,10 +44,11 @@ def guarded(body: Callable[[], None]) -> int:
 def settle(error: BaseException) -> tuple[End, End]:
     """(this rank's end by `error`, the end of the launch: this one, or an earlier one of another rank).
 
-    Every rank meets the same bad input, and the others meet a broken connection when only one rank fails: ends.py says
-    whose words stand, and waits for them. A second call does not wait again."""
+    Every rank meets the same bad input, and the others meet a broken connection when only one rank fails: root_cause.py
+    says whose message counts, and waits for it. A second call with the same error does not wait again.
+    """
     own = getattr(error, "end", None) or _end_of(error)
-    error.end = own
+    vars(error)["end"] = own
     stands = root_cause.settle(own)
     if stands == own and own.lost_peer and (lost := root_cause.gone()):
         stands = replace(own, message=lost)
@@ -68,9 +70,9 @@ def _end_of(error: BaseException) -> End:
 
 
 def say(end: End, text: str = "") -> None:
-    """Print the words that stand as this process's last ones, after the `text` of a traceback.
+    """Print the message of `end` as this process's last line, after `text`, a traceback.
 
-    `finetune train` prints them itself at its end.
+    Under `finetune train` the message is left to the launcher, which prints it at its own end.
     """
     text = redact.text(text)
     if text:
@@ -81,8 +83,9 @@ def say(end: End, text: str = "") -> None:
 
 
 def write_status(code: int, message: str) -> None:
-    """Leave exit status and message in the file that STATUS_FILE names. The first cause stands; of success rank 0
-    tells.
+    """Leave exit status and message in the file that STATUS_FILE names.
+
+    A rank that fails writes its own; success is written by rank 0 alone.
     """
     path = os.environ.get(STATUS_FILE)
     if path and (code or os.environ.get("RANK", "0") == "0"):

@@ -1,6 +1,7 @@
-"""Where this process is in its run, in words, for whoever has to say what went wrong: renewed with every micro-batch.
+"""What this process is doing, in words, renewed with every micro-batch: error messages and the watchdog read it.
 
-The ranks of one machine see each other's in a small file each, which stays behind when a process is killed.
+Each rank writes it to a small file that the other ranks of its machine can read; the file stays when a process is
+killed.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ _MOST_ROWS = 16
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank's main thread does since `time` (Unix seconds); `beat` counts such entries. At `alive` its process
-    last ran.
+    """What a rank's main thread is doing, since `time` (Unix seconds).
+
+    `beat` counts these entries; `alive` is when the process last ran (Unix seconds).
     """
 
     rank: int
     pid: int
     host: str
     beat: int = 0
-    words: str = ""  # "": not in a run yet
+    words: str = ""  # empty: not in a run yet
     time: float = 0.0
     alive: float = 0.0
     ranks: int = 1
@@ -37,15 +39,13 @@ class Place:
     slow: bool = False  # what it does may take much longer than a micro-batch
 
     def __str__(self) -> str:
-        """`rank 1 on node7, window 3 ...`; what goes without saying is left out."""
+        """`rank 1 on node7, window 3 ...`; without the host on one machine, without the rank in one process."""
         name = f"rank {self.rank}" + (f" on {self.host}" if self.machines > 1 else "")
         return ", ".join(filter(None, (name if self.ranks > 1 or not self.words else "", self.words)))
 
 
 def shared_folder() -> Path | None:
-    """Where the ranks of this launch on this machine leave word of themselves; None where no launcher made such a
-    place.
-    """
+    """The folder that the ranks of this launch share on this machine; None where no launcher made one."""
     if folder := os.environ.get(SHARED_FOLDER):
         return Path(folder)
     # torchrun makes <temporary>/<run>/attempt_0/<local rank>/error.json
@@ -54,7 +54,7 @@ def shared_folder() -> Path | None:
 
 
 class _Record:
-    """This process's place, and its file."""
+    """The state of this process, and its file."""
 
     def __init__(self) -> None:
         ranks, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -66,18 +66,21 @@ class _Record:
             machines=max(1, ranks // local),
         )
         folder = shared_folder()
-        self.handle = None
-        with contextlib.suppress(OSError):  # nobody to tell, or no room to: the run goes on
-            self.handle = folder and os.open(folder / f"place-{self.place.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+        self.handle: int | None = None
+        if folder is not None:
+            with contextlib.suppress(OSError):  # no folder or no room: the run goes on
+                self.handle = os.open(folder / f"place-{self.place.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
         self.move("")
 
     def move(self, words: str, slow: bool = False) -> None:
+        """Record that the main thread now does what `words` say."""
         self.place = replace(self.place, beat=self.place.beat + 1, words=words, time=time.time(), slow=slow)
         if self.handle is not None:
             with contextlib.suppress(OSError):
                 os.pwrite(self.handle, json.dumps(asdict(self.place))[:_RECORD_BYTES].encode().ljust(_RECORD_BYTES), 0)
 
     def touch(self) -> None:
+        """Record that the process runs."""
         if self.handle is not None:
             with contextlib.suppress(OSError):
                 os.utime(self.handle)
@@ -87,10 +90,9 @@ _record: _Record | None = None
 
 
 def at(words: str, rows: Sequence[int] | None = None, shape: Sequence[int] = (), slow: bool = False) -> None:
-    """From now on this process does what `words` say, with these rows of the data as a batch of this shape. Some
-    microseconds.
+    """Record that this process now does what `words` say, with these `rows` as a batch of this `shape`.
 
-    `slow` says that it may take much longer than a micro-batch: the watchdog then waits longer.
+    `slow` says that it may take much longer than a micro-batch: the watchdog then waits longer. Takes microseconds.
     """
     global _record
     _record = _record or _Record()
@@ -101,31 +103,31 @@ def at(words: str, rows: Sequence[int] | None = None, shape: Sequence[int] = (),
 
 
 def row_numbers(rows: Sequence[int]) -> str:
-    """`3, 9`: the first of them, counted from 0."""
+    """`3, 9`: row numbers for a message, the first 16 of them."""
     return ", ".join(map(str, rows[:_MOST_ROWS])) + (" ..." if len(rows) > _MOST_ROWS else "")
 
 
 def here() -> Place:
-    """This process's place."""
+    """What this process is doing."""
     global _record
     _record = _record or _Record()
     return _record.place
 
 
 def alive() -> None:
-    """This process runs, whatever its main thread does."""
+    """Record that this process runs, whatever its main thread does."""
     if _record is not None:
         _record.touch()
 
 
 def others() -> list[Place]:
-    """What the other ranks of this launch on this machine last did."""
+    """What the other ranks of this launch on this machine were doing when they last wrote it."""
     folder = shared_folder()
     return [place for place in places(folder) if place.rank != here().rank] if folder else []
 
 
 def places(folder: Path) -> list[Place]:
-    """The places that ranks left in a launch's folder, by rank."""
+    """What the ranks wrote to a launch's folder, by rank."""
     found = []
     for file in folder.glob("place-*.json"):
         try:

@@ -40,8 +40,9 @@ class HostMemory:
 
 
 def host_memory(root: Path = CGROUPS, own: Path = PROC) -> HostMemory:
-    """The least of the machine's memory and the limits of this process's control groups, version 1 or 2, and those
-    above them.
+    """The host memory limit: the least of the machine's memory and the limits of this process's control groups.
+
+    Control groups of version 1 and 2, and those above them.
     """
     found = [HostMemory(psutil.virtual_memory().total, "this machine's memory")]
     for line in own.read_text().splitlines() if own.exists() else []:
@@ -53,18 +54,16 @@ def host_memory(root: Path = CGROUPS, own: Path = PROC) -> HostMemory:
         folder = base / path.lstrip("/")
         # inside a container the path may be the host's: the container's own limits are then at the root
         for place in (folder, *folder.parents):
-            found += [
-                HostMemory(int(text), f"{place / name}") for name in names if (text := _read(place / name)).isdigit()
-            ]
+            for file in [place / name for name in names]:
+                if (text := _read(file)).isdigit():
+                    found.append(HostMemory(int(text), str(file)))
             if place == base:
                 break
     return min(found, key=lambda memory: memory.limit_bytes)
 
 
 def kills_for_memory(file: Path = Path("/proc/vmstat")) -> int:
-    """How often the kernel of this machine has killed a process for want of memory, in any control group; 0 where it
-    does not say.
-    """
+    """How often this machine's out-of-memory killer has killed a process, in any control group; 0 where unknown."""
     found = [line.split()[1] for line in _read(file).splitlines() if line.startswith("oom_kill ")]
     return int(found[0]) if found else 0
 
@@ -150,9 +149,7 @@ def check_disk(
     say: Callable[[str], None],
     free_bytes: int | None = None,
 ) -> None:
-    """Before training: raises UserError where not one checkpoint fits on the disk, and warns where fewer fit than asked
-    for.
-    """
+    """Before training: raises UserError where no checkpoint fits on the disk, warns where fewer fit than asked for."""
     place = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
     free = shutil.disk_usage(place).free if free_bytes is None else free_bytes
     # of a killed save: the next one removes it

@@ -10,10 +10,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def signal_on_parent_death(number: int, parent: int) -> bool:
-    """Have the kernel send signal `number` to this process when its parent dies.
+    """Have the kernel send signal `number` to this process when its parent dies; on Linux only.
 
-    `parent` is the parent's process id as the caller knew it. Returns whether that parent is still there: where it died
-    before this call, no signal will come. Elsewhere than on Linux nothing is set.
+    `parent` is the parent's process id as the caller knew it. Returns whether that parent still runs: where it died
+    before this call, no signal will come.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))

@@ -1,7 +1,8 @@
-"""How the ranks of a launch ended, and which of them failed first: its words are the ones that are said.
+"""How the ranks of a launch ended, and which of them failed first: its message is the one that is printed.
 
-Each failing rank leaves its end in a folder that the ranks of one machine share (whereabouts.py), before anything else:
-others fail because of it, soon, and often louder."""
+Before anything else, a failing rank writes how it ended to a folder that the ranks of one machine share (heartbeat.py):
+others fail because of it, soon, and often with longer messages.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +18,9 @@ import psutil
 
 from finetune.process import heartbeat
 
-GRACE_SECONDS = 10.0  # for rank 0, which speaks where all ranks met the same, and for the first to have spoken
-SETTLE_SECONDS = 2.0  # for a peer's own word, or for its process to be gone, after a connection broke
-# What gloo, NCCL and torch's store say where another process has gone or never came. Not a cause, but what follows from
-# one.
+GRACE_SECONDS = 10.0  # for rank 0, which speaks where all ranks met the same error, and for the first rank to speak
+SETTLE_SECONDS = 2.0  # after a connection broke: for the peer's own message, or for its process to be gone
+# What gloo, NCCL and torch's store say where another process has gone or never came: a consequence, not a cause.
 _LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -35,16 +35,13 @@ _LOST = (
     "heartbeat monitor",
     "socket timeout",
 )
-_LOST_TYPES = (
-    "DistBackendError",
-    "DistNetworkError",
-    "DistStoreError",
-)  # torch.distributed's, by name: nothing here imports torch
+# torch.distributed's exceptions, by name: nothing here imports torch
+_LOST_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 @dataclass(frozen=True)
 class End:
-    """How one rank ended, at `time` (Unix seconds), with which exit status and last words."""
+    """How one rank ended: when (Unix seconds), with which exit status and message."""
 
     rank: int
     pid: int
@@ -52,16 +49,14 @@ class End:
     code: int
     message: str
     lost_peer: bool = False  # it only noticed that another rank had gone
-    alone: bool = False  # this rank's own trouble, which the others do not meet themselves
+    alone: bool = False  # this rank's own error, which the others do not meet themselves
 
     @property
     def words(self) -> str:
-        """The message, with the rank that says it where that is not rank 0 and not in the message."""
-        return (
-            self.message
-            if self.rank == 0 or f"rank {self.rank}" in self.message
-            else f"[rank {self.rank}] {self.message}"
-        )
+        """The message, with the rank in front unless it is rank 0 or the message names it."""
+        if self.rank == 0 or f"rank {self.rank}" in self.message:
+            return self.message
+        return f"[rank {self.rank}] {self.message}"
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -71,23 +66,23 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def leave(end: End) -> None:
-    """Leave this rank's end for the others and the launcher; the first word stands."""
+    """Write how this rank ended, for the other ranks and the launcher; a second call changes nothing."""
     folder = heartbeat.shared_folder()
     if folder is None or not folder.is_dir() or (folder / f"end-{end.rank}.json").exists():
         return
     temporary = folder / f"end-{end.rank}.tmp"
-    with contextlib.suppress(OSError):  # a full disk must not replace the words by its own
+    with contextlib.suppress(OSError):  # a full disk must not replace the message by its own
         temporary.write_text(json.dumps(asdict(end)))
         os.replace(temporary, folder / f"end-{end.rank}.json")
 
 
 def left(folder: Path | None) -> list[End]:
-    """Every end that ranks left in a launch's folder."""
+    """Every end that ranks wrote to a launch's folder; none without a folder."""
     return [End(**json.loads(file.read_text())) for file in folder.glob("end-*.json")] if folder else []
 
 
 def first(ends: Collection[End]) -> End | None:
-    """The first cause: the earliest that is more than a lost peer; of ranks that say the same, the lowest one's."""
+    """The root cause: the earliest end that is more than a lost peer; of equal ones the lowest rank's."""
     causes = [end for end in ends if not end.lost_peer] or list(ends)
     if not causes:
         return None
@@ -97,9 +92,9 @@ def first(ends: Collection[End]) -> End | None:
 
 
 def settle(own: End) -> End:
-    """The end whose words stand, after waiting as long as another rank may still have better ones.
+    """The end whose message is printed, after waiting as long as another rank may still write a better one.
 
-    Where it is another rank's, returns once that rank has left: the launcher ends all ranks when one has left.
+    Where it is another rank's, returns once that rank has ended: the launcher ends all ranks when one has ended.
     """
     leave(own)
     folder = heartbeat.shared_folder()
@@ -113,14 +108,14 @@ def settle(own: End) -> End:
         if not mine and not is_running(chosen.pid):
             return chosen
         if folder is not None and not folder.is_dir():
-            return chosen  # the launcher has gone, and nobody listens
+            return chosen  # the launcher has gone
         if time.time() > own.time + (SETTLE_SECONDS if mine and own.lost_peer else GRACE_SECONDS):
             return chosen
         time.sleep(0.05)
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this machine is there and more than a zombie."""
+    """Whether a process of this machine exists and is no zombie."""
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -128,13 +123,11 @@ def is_running(pid: int) -> bool:
 
 
 def gone() -> str:
-    """The ranks of this machine that are gone without having left an end, in words, "" where there are none."""
+    """The ranks of this machine that disappeared and wrote no end, as a sentence; empty where there are none."""
     folder = heartbeat.shared_folder()
+    if folder is None:
+        return ""
     said = {end.rank for end in left(folder)}
-    lost = (
-        [place for place in heartbeat.places(folder) if place.rank not in said and not is_running(place.pid)]
-        if folder
-        else []
-    )
+    lost = [place for place in heartbeat.places(folder) if place.rank not in said and not is_running(place.pid)]
     names = "; ".join(f"{place} (pid {place.pid})" for place in lost)
     return f"{names}: disappeared (killed or crashed); detected by {heartbeat.here()}." if lost else ""

@@ -1,10 +1,10 @@
-"""One run per output folder: output_dir/.lock, held by flock as long as the process lives, with its pid and host
-inside.
+"""One run per output folder: output_dir/.lock, held by flock as long as the process lives.
 
-The kernel lets go of it when the process ends, however it ends: a killed run never leaves its folder locked, and the
-file itself means nothing. On network filesystems a second machine is kept out where the filesystem passes flock on (NFS
-since Linux 2.6.12, Lustre with -o flock); where it keeps locks to one machine, runs on two machines do not see each
-other: there is no heartbeat."""
+The kernel releases the lock when the process ends, however it ends: a killed run never leaves its folder locked. The
+file holds pid and host for messages; that it exists means nothing. On network filesystems a second machine is kept out
+where the filesystem passes flock on (NFS since Linux 2.6.12, Lustre with -o flock); where locks stay on one machine,
+runs on two machines do not see each other: there is no heartbeat.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class RunLock:
 
 
 def acquire(output_dir: Path, say: Callable[[str], None] = print) -> RunLock:
-    """Claim `output_dir` (made if missing) for this process. Raises UserError while another run holds it, naming pid
-    and host.
+    """Claim `output_dir` (made if missing) for this process.
 
-    Where the filesystem refuses locks, `say` gets a sentence and the run goes on unprotected.
+    Raises UserError while another run holds it, naming pid and host. Where the filesystem refuses locks, `say` gets a
+    sentence and the run goes on unprotected.
     """
     path = output_dir / LOCK_FILE
     while True:
@@ -62,9 +62,8 @@ def acquire(output_dir: Path, say: Callable[[str], None] = print) -> RunLock:
             output_dir.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise UserError(
-                f"output_dir: {output_dir} cannot be written ({error.strerror}). Give a folder that can."
-            ) from None
+            said = f"output_dir: {output_dir} cannot be written ({error.strerror}). Give a folder that can."
+            raise UserError(said) from None
         held = _lock(handle, path, say)
         try:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
@@ -91,9 +90,8 @@ def _lock(handle: int, path: Path, say: Callable[[str], None]) -> bool:
                 f"output_dir: {path.parent} is in use by another run ({holder}). Wait until it ends, stop it, or give"
                 " another output_dir."
             ) from None
-        say(
-            f"{path}: this filesystem refuses locks ({error.strerror}): nothing keeps a second run out of {path.parent}"
-        )
+        why = f"this filesystem refuses locks ({error.strerror})"
+        say(f"{path}: {why}: nothing keeps a second run out of {path.parent}")
         return False
     return True
 

@@ -1,7 +1,8 @@
-"""Wishes during a run: to stop (a signal to this process, the death of its launcher, a file) or to save (a file).
+"""Requests during a run: to stop (a signal, the death of the launcher, a file) or to save (a file).
 
-They are granted at the end of a window, on all ranks the same one (loop.py adds the wishes of all ranks up), after
-saving."""
+All ranks act on them at the end of the same accumulation window, because a step adds the requests of all ranks up. A
+run saves before it stops.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +21,10 @@ from finetune.process.parent_death import signal_on_parent_death
 from finetune.process.root_cause import End
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"  # in the output folder
-EXTRA_STOP_FILE = (  # environment variable: a second place for STOP, for launch scripts that know no recipe
-    "FINETUNE_STOP_FILE"
-)
+# Environment variable: a second place for STOP, for launch scripts that know no recipe.
+EXTRA_STOP_FILE = "FINETUNE_STOP_FILE"
 LAUNCHER_DIED = signal.SIGUSR1  # what the kernel sends us; schedulers send it too, as an early warning
-# one Ctrl-C reaches a rank up to three times: by the terminal, its launcher, and the launcher's death
+# One Ctrl-C reaches a rank up to three times: from the terminal, from its launcher, and by the launcher's death.
 SECOND_SECONDS = 2.0
 
 
@@ -44,19 +44,19 @@ class Wishes:
 
 @contextmanager
 def listening(output_dir: Path) -> Iterator[Callable[[], Wishes]]:
-    """Within it SIGTERM, SIGINT and SIGUSR1 ask for a stop, and so does a file output_dir/STOP; output_dir/SAVE asks
-    for a checkpoint.
+    """While active, SIGTERM, SIGINT, SIGUSR1 and a file output_dir/STOP ask for a stop, output_dir/SAVE for a save.
 
-    A second SIGTERM or SIGINT, two seconds after the first signal or later, ends the process at once. Yields what tells
-    the wishes so far. The signals are as they were afterwards; where an error ends the run they stay, for the launcher
-    asks all ranks to go when one has, and this one may still have to say why."""
+    Yields a function that returns the requests so far. A second SIGTERM or SIGINT, two seconds after the first signal
+    or later, ends the process at once. The previous handlers come back at the end, but not where an error ends the run:
+    the launcher then signals all ranks, and this one may still have to say why it failed.
+    """
     stop_files = [output_dir / STOP_FILE, *(Path(path) for path in [os.environ.get(EXTRA_STOP_FILE)] if path)]
-    # and nothing else: where the terminal has gone, a word would be an error in the middle of a step
     asked: list[int] = []
-    before = {
-        number: signal.signal(number, lambda n, _: asked.append(n))
-        for number in (signal.SIGTERM, signal.SIGINT, LAUNCHER_DIED)
-    }
+
+    def note(number: int, frame: object) -> None:
+        asked.append(number)  # and no message: where the terminal has gone, printing fails in the middle of a step
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, LAUNCHER_DIED)}
     heard, tell = os.pipe()
     os.set_blocking(tell, False)
     wakeup = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
@@ -69,7 +69,7 @@ def listening(output_dir: Path) -> Iterator[Callable[[], Wishes]]:
 
 
 def _end_at_the_second(heard: int) -> None:
-    """A thread, because the main thread runs no handler while it waits for another rank, which may be for ever."""
+    """End the process at the second signal. In a thread: a main thread that waits for a rank runs no handler."""
     first = None
     while number := int.from_bytes(os.read(heard, 1), "big"):
         now = time.monotonic()

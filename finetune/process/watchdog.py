@@ -1,8 +1,9 @@
-"""Ends a run that stands still: a thread per rank that expects a new place (whereabouts.py) every so many seconds.
+"""Ends a run that makes no progress: a thread per rank that expects a new heartbeat every so many seconds.
 
-A rank that hangs keeps all others waiting in a collective, for ever or for the process group's half hour. The one that
-stands outside a collective reports first; one that stands inside may only be waiting, and reports later, naming the
-rank that is behind."""
+A rank that hangs keeps all others waiting in a collective, for ever or for the process group's half hour. A rank that
+is stuck outside a collective reports first; one inside may only be waiting, and reports later, naming the rank that is
+behind.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from finetune.process.exit_status import say
 from finetune.process.heartbeat import Place
 from finetune.process.root_cause import End
 
-# Where a thread stands while it waits for other ranks, or for a device that does: the innermost frames' files.
+# The files of the innermost frames of a thread that waits for other ranks, or for a device that does.
 _WAITING = (
     "/torch/distributed/",
     "/torch/autograd/",
@@ -31,25 +32,27 @@ _WAITING = (
     "/finetune/engine/engine.py",
 )
 
-SLOW_FACTOR = 10  # saves and the export of a large model, during which nothing moves on
+SLOW_FACTOR = 10  # for saves and the export of a large model, during which there is no heartbeat
 
 
 def longer(seconds: float) -> float:
-    """How long a rank may stand still that waits for others, where `seconds` is the limit."""
+    """How long a rank that waits for others may make no progress, where `seconds` is the limit."""
     return seconds + min(60.0, max(5.0, seconds / 4))
 
 
 def ranks_wait(seconds: float) -> float:
-    """How long a rank waits in a collective before the process group gives up, where `seconds` is the limit (0: a
-    year): longer than the watchdog, which knows what is wrong, at the slowest it allows."""
+    """The process group's timeout for collectives, where `seconds` is the watchdog's limit (0: a year).
+
+    It is longer than the longest the watchdog waits: the watchdog knows what is wrong.
+    """
     return longer(longer(SLOW_FACTOR * seconds)) if seconds else 365 * 86400.0
 
 
 @contextlib.contextmanager
 def watching(seconds: float, leave_word: Callable[[int, str], None]) -> Iterator[None]:
-    """Within it the process ends with status 1 when its main thread stays in one place for `seconds` (0: never).
+    """While active, exits with status 1 if the main thread makes no progress for `seconds` (0: never).
 
-    `leave_word` is called with status and message before; whereabouts.at is what counts as progress.
+    Progress is a new heartbeat. `leave_word` is called with status and message before the exit.
     """
     over = threading.Event()
     arguments = (seconds, threading.get_ident(), leave_word, over)
@@ -78,20 +81,21 @@ def _watch(seconds: float, main: int, leave_word: Callable[[int, str], None], ov
         stack = traceback.extract_stack(sys._current_frames()[main])
         waits = any(part in frame.filename for frame in stack[-2:] for part in _WAITING)
         others = heartbeat.others()
-        if not waits or still > longer(limit) and all(time.time() - other.time > limit for other in others):
+        if not waits or (still > longer(limit) and all(time.time() - other.time > limit for other in others)):
             _end(limit, stack, others if waits else [], leave_word)
 
 
 def _leave_if_in_vain(leave_word: Callable[[int, str], None]) -> None:
-    """End this process where another rank has ended: on a GPU nothing wakes a rank that waits for it, not even a
-    SIGTERM.
+    """End this process where another rank has ended.
+
+    On a GPU nothing wakes a rank that waits for another one, not even a SIGTERM.
     """
     cause = root_cause.first(root_cause.left(heartbeat.shared_folder()))
     if cause is not None and not cause.lost_peer:
         try:
             leave_word(cause.code, cause.words)
         finally:
-            os._exit(cause.code)  # and it has said so
+            os._exit(cause.code)  # without a message: the other rank has printed it
     if lost := root_cause.gone():
         _say_and_leave(lost, "", leave_word, lost_peer=True)
 
@@ -99,7 +103,7 @@ def _leave_if_in_vain(leave_word: Callable[[int, str], None]) -> None:
 def _end(
     limit: float, stack: traceback.StackSummary, others: list[Place], leave_word: Callable[[int, str], None]
 ) -> None:
-    """Say where this rank stands, or which of the `others` it waits for, and leave. Does not return."""
+    """Print where this rank is stuck, or which of the `others` it waits for, and exit. Does not return."""
     place, frame, now = heartbeat.here(), stack[-1], time.time()
     dead = [other for other in others if now - other.alive > limit / 2]
     late = dead or [other for other in others if other.beat < place.beat]
@@ -111,7 +115,7 @@ def _end(
         message = f"{late[0]}: no progress for {now - late[0].time:.0f} s; rank {place.rank} waits for it"
     elif others:
         message += ", perhaps waiting for another rank"
-    for other in dead:  # it does not run its own watchdog any more, nor does it hear a SIGTERM
+    for other in dead:  # its own watchdog does not run any more, and a SIGTERM does not reach it
         with contextlib.suppress(OSError):
             os.kill(other.pid, signal.SIGKILL)
     rest = f"training.step_timeout_seconds allows {limit:g} s for this: raise it if this can take longer."

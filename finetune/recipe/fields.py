@@ -24,6 +24,9 @@ EXCLUSIVE = (
     (("data", "eval"), ("data", "eval_fraction")),
 )
 LEARNING_RATE_FULL, LEARNING_RATE_LORA = 2.0e-5, 2.0e-4
+Attention = Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"]
+Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+Warmup = Annotated[list[Stage], Field(min_length=1)] | Annotated[list[PositiveInt], Field(min_length=1)]
 
 
 class ModelSection(Section):
@@ -37,12 +40,8 @@ class ModelSection(Section):
     """Run Python code that comes with the model. Only for models whose author you trust."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of frozen weights and of the exported folder; auto is the checkpoint's own. What is trained is float32."""
-    attn_implementation: Literal[
-        "auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"
-    ] = "auto"
-    """Attention kernel; auto is the fastest that transformers finds without extra packages (sdpa where a model has
-    it).
-    """
+    attn_implementation: Attention = "auto"
+    """Attention kernel; auto is the fastest that transformers finds without extra packages (sdpa if a model has it)."""
     load_in_4bit: bool = False
     """QLoRA: hold the frozen base in 4 bits (bitsandbytes NF4, double quantisation). Needs a lora section."""
 
@@ -93,13 +92,15 @@ class DataSection(Section):
     packing: Literal[False] = False
     """Lay rows out without padding. Not available yet: false is the only value."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
-    """Tokens that are trained: the assistant's turns with their end, only the last answer, or every token. Plain text
-    is always trained whole."""
+    """Tokens that are trained: the assistant's turns with their end, only the last answer, or every token.
+    Plain text is always trained whole.
+    """
     max_rows: PositiveInt | None = None
     """Use at most this many training rows: the first of all sources in order, before weights and eval_fraction."""
     streaming: bool = False
-    """Tokenise rows while training instead of before, for data that do not fit on a disk. Needs training.max_steps; the
-    sources' weights are then their shares of the rows."""
+    """Tokenise rows while training instead of before, for data that do not fit on a disk.
+    Needs training.max_steps; the sources' weights are then their shares of the rows.
+    """
     max_dropped_fraction: float = Field(0.1, ge=0, le=1)
     """An error when more than this share of rows cannot be trained on (no trained token, refused by the template)."""
 
@@ -126,9 +127,7 @@ class TrainingSection(Section):
     warmup_steps: int | None = Field(None, ge=0)
     """Steps over which the learning rate rises from 0. Instead of warmup_ratio."""
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
-    """Multiplies the learning rate with the batch: by the root of global batch / reference_batch_size, or by that
-    itself.
-    """
+    """Multiplies the learning rate by global batch / reference_batch_size (linear), or by its square root (sqrt)."""
     reference_batch_size: PositiveInt | None = None
     """The global batch, in rows, that learning_rate was chosen for. Required with lr_scaling."""
     optim: Annotated[
@@ -150,16 +149,14 @@ class TrainingSection(Section):
     device_memory: Annotated[str, AUTO_OR_SIZE, Field(json_schema_extra={"pattern": f"^(auto|{PATTERN})$"})] = "auto"
     """Memory of a device that micro-batches chosen by `auto` must fit; auto is the device's, less a margin."""
     deterministic: bool = False
-    """Only kernels that give the same bits every time: slower on a GPU, and an operation that has none ends the run
-    with its name.
-    """
+    """Only kernels that give the same bits every time: slower on a GPU; an operation without one ends the run."""
     stop_on_loss_spike: bool = True
-    """End the run with status 4 when the losses of three steps in a row are far above those before
-    (finetune/training/loss_spike.py: the rule).
+    """End the run with status 4 when the losses of three steps in a row are far above those before.
+    The rule stands in finetune/training/loss_spike.py.
     """
     step_timeout_seconds: float = Field(1800.0, ge=0)
-    """End the run, naming the rank, when one makes no progress (a micro-batch, an evaluation batch, a save) for so
-    long; 0 waits on.
+    """End the run, naming the rank, when a rank makes no progress for so long; 0 waits for ever.
+    Progress is a micro-batch, an evaluation batch or a save.
     """
     seed: int = Field(42, ge=0, le=2**32 - 1)
     """Decides row order, dropout, adapter initialisation and the held-out rows."""
@@ -179,25 +176,22 @@ class AccumulationSection(Section):
     """How many rows a step takes over the run. K, the micro-batches per step, always follows from the rows."""
 
     schedule: Literal["constant", "warmup", "adaptive"] = "constant"
-    """constant: the global batch from the first step on. warmup: small batches first, as `warmup` says. adaptive: the
-    global batch first, then half or twice as much whenever the measured gradient noise scale is far from it."""
-    warmup: Annotated[list[Stage], Field(min_length=1)] | Annotated[list[PositiveInt], Field(min_length=1)] = [
-        [0.25, 0.1],
-        [0.5, 0.2],
-        [1.0, 1.0],
-    ]
-    """Pairs: until this share of the run, steps take this share of the global batch (rounded to rows, at least one). Or
-    one K per epoch, such as [2, 4, 6, 8] for min(2 * epoch, 8): the greatest stands for the global batch, the others
-    for their share of it, and the last goes on."""
-    smallest: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """adaptive: the batch is never below this share of the global batch. Sizes are the global batch times powers of
-    two.
+    """constant: the global batch from the first step on. warmup: small batches first, as `warmup` says.
+    adaptive: the global batch first, then half or twice as much whenever the measured gradient noise scale is far from
+    it.
     """
+    warmup: Warmup = [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]
+    """Pairs: until this share of the run, steps take this share of the global batch (rounded to rows, at least one).
+    Or one K per epoch, such as [2, 4, 6, 8] for min(2 * epoch, 8): the greatest stands for the global batch, the others
+    for their share of it, and the last goes on.
+    """
+    smallest: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """adaptive: the least share of the global batch. Sizes are the global batch times powers of two."""
     largest: Annotated[float, Field(ge=1)] = 4.0
-    """adaptive: the batch is never above this multiple of the global batch."""
+    """adaptive: the greatest multiple of the global batch."""
     measure_every: PositiveInt = 5
-    """adaptive: windows between two measurements of the gradient noise; each reads the gradients of a window's
-    micro-batches.
+    """adaptive: windows between two measurements of the gradient noise.
+    Each reads the gradients of a window's micro-batches.
     """
 
     @property
@@ -224,7 +218,7 @@ class EvaluationSection(Section):
 
 
 class CheckpointSection(Section):
-    """What is kept so that the run can go on after anything."""
+    """What is kept so that the run can be resumed."""
 
     save_steps: PositiveInt = 200
     """Optimizer steps between two checkpoints."""
@@ -233,8 +227,9 @@ class CheckpointSection(Section):
     keep_best: bool = False
     """Keep the checkpoint with the lowest held-out loss beside them; evaluation.eval_steps must meet save_steps."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: the same command goes on from the newest checkpoint that verifies. never: start over; what lies in
-    output_dir moves to output_dir/before-N."""
+    """auto: the same command resumes from the newest checkpoint that verifies.
+    never: start over; previous contents of output_dir move to output_dir/before-N.
+    """
     allow_changed: list[NonEmpty] = []
     """Dotted keys, such as training.learning_rate, that may differ from the checkpoint's recipe at a resume."""
 
@@ -244,9 +239,7 @@ class LoggingSection(Section):
 
     logging_steps: PositiveInt = 1
     """Optimizer steps between two lines of metrics.jsonl."""
-    report_to: list[
-        Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
-    ] = []
+    report_to: list[Tracker] = []
     """Experiment trackers that get the same numbers (install them yourself); one that fails costs a warning."""
 
 
@@ -269,7 +262,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     """When the held-out loss is measured."""
     checkpoint: CheckpointSection = CheckpointSection()
-    """What is kept so that the run can go on after anything."""
+    """What is kept so that the run can be resumed."""
     logging: LoggingSection = LoggingSection()
     """What is written down on the way."""
     output_dir: NonEmpty

@@ -18,7 +18,7 @@ MAX_FILES = 50
 
 @dataclass(frozen=True)
 class Place:
-    """A line of a recipe file; `file` as people named it, `order` sorts files as they were read (the recipe first)."""
+    """A line of a recipe file. `file` is its name as given, `order` sorts files as they were read (recipe first)."""
 
     file: str
     line: int
@@ -106,10 +106,11 @@ def _merge(value: dict, places: dict[KeyPath, Place], over: dict, over_places: M
     for pair in EXCLUSIVE:
         for loser, winner in (pair, pair[::-1]):
             section, base = over.get(winner[0]), value.get(loser[0])
-            if isinstance(section, dict) and isinstance(base, dict) and winner[1] in section:
-                if loser[1] in base and loser[1] not in section:
-                    del base[loser[1]]
-                    _forget(places, loser)
+            if not isinstance(section, dict) or not isinstance(base, dict) or winner[1] not in section:
+                continue
+            if loser[1] in base and loser[1] not in section:
+                del base[loser[1]]
+                _forget(places, loser)
     _merge_mapping(value, over, (), places)
     places.update(over_places)
 

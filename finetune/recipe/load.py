@@ -1,4 +1,4 @@
-"""Reads a recipe: strict YAML plus command-line overrides become one frozen `Recipe`, or every problem at once."""
+"""Reads a recipe: strict YAML and command-line overrides become one frozen `Recipe`, or every problem at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.recipe.fields import (
-    EXCLUSIVE,
-    Recipe,
-)
+from finetune.recipe.fields import EXCLUSIVE, Recipe
 from finetune.recipe.include import MAX_FILES, Place, read_merged
 from finetune.recipe.strict_yaml import KeyPath, dotted, dump, key_path, parse
 from finetune.recipe.validate import check, lookup, show
@@ -37,10 +34,9 @@ class Loaded:
     _overridden: frozenset[KeyPath] = field(repr=False)
 
     def where(self, key: str) -> str:
-        """Where a dotted key (`data.train[0].path`) was said: `recipe.yaml:14` (or an included file), or `command
-        line`.
+        """Where a dotted key (`data.train[0].path`) was set: `recipe.yaml:14` or `command line`.
 
-        A key that was not said leads to the section it belongs in, or to the file alone.
+        The file may be an included one. For a key that was not set: its section's line, or the file alone.
         """
         place = _place(key_path(key), self._name, self._places, self._overridden)
         return place.file if not place.line else str(place)
@@ -50,8 +46,10 @@ class Loaded:
         return lookup(self._given, key_path(key)) is not None
 
     def sample(self, rows: int, source: int | None = None) -> Loaded:
-        """This recipe with at most `rows` training rows; of one entry of data.train alone, and without data.eval, if
-        `source` is its index. `where` goes on to name the right lines.
+        """This recipe with at most `rows` training rows.
+
+        With `source`, an index, only that entry of data.train is kept, and no data.eval. `where` still names the right
+        lines.
         """
         data = self.recipe.data
         changes: dict[str, Any] = {"max_rows": min(rows, data.max_rows or rows)}
@@ -81,9 +79,8 @@ def load_resolved(path: Path) -> Loaded:
     """The resolved recipe in a run's folder. Its data need not be there any more. Raises UserError."""
     document = parse(path.read_text(encoding="utf-8")) if path.is_file() else None
     if document is None or document.problems or not isinstance(document.value, dict):
-        raise UserError(
-            f"{path}: is not there or not readable; it says what the checkpoints hold. Give a run's output folder."
-        )
+        said = "is not there or not readable; it says what the checkpoints hold. Give a run's output folder."
+        raise UserError(f"{path}: {said}")
     recipe, problems = check(document.value)
     if problems or recipe is None:
         raise UserError([f"{path}: {sentence}" for _, sentence in problems])
@@ -91,12 +88,12 @@ def load_resolved(path: Path) -> Loaded:
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
-    """Reads the recipe at `path` with what it includes, then `section.key=value` overrides.
+    """Read the recipe at `path` with what it includes, then apply `section.key=value` overrides.
 
-    Paths in the file are sought in the recipe's folder, then in the working directory; in overrides the other way
-    round. An override of one of two keys that exclude each other (max_steps, num_train_epochs) displaces the other.
+    Paths in the file are looked up in the recipe's folder, then in the working directory; in overrides the other way
+    round. An override of one of two keys that exclude each other (max_steps, num_train_epochs) replaces the other.
 
-    Raises UserError with every problem found, each starting with its place.
+    Raises UserError with every problem found, each starting with its file and line.
     """
     name = os.fspath(path)
     merged = read_merged(name)
@@ -124,14 +121,14 @@ def _first_source(key: KeyPath, source: int) -> KeyPath | None:
 def _place(
     key: KeyPath, name: str, places: Mapping[KeyPath, Place], overridden: frozenset[KeyPath] | set[KeyPath]
 ) -> Place:
-    """Where a key was said. Line 0: it was not said in any file, or on the command line."""
+    """Where a key was set. Line 0: in no file, or on the command line."""
     if any(key[:n] in overridden for n in range(1, len(key) + 1)):
         return Place(COMMAND_LINE, 0, MAX_FILES + 1)
     return next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), Place(name, 0))
 
 
 def _override(given: dict[str, Any], overrides: Sequence[str]) -> tuple[set[KeyPath], list[str]]:
-    """Writes the overrides into `given`; returns the key paths they set and the sentences about bad ones."""
+    """Write the overrides into `given`; returns the key paths they set and the sentences about bad ones."""
     overridden: set[KeyPath] = set()
     wrong: list[str] = []
     for text in overrides:
@@ -160,7 +157,7 @@ def _override(given: dict[str, Any], overrides: Sequence[str]) -> tuple[set[KeyP
 
 
 def _set(given: dict[str, Any], path: KeyPath, value: Any) -> str:
-    """Puts `value` at `path`, making sections on the way; returns why not, or an empty string."""
+    """Put `value` at `path`, making sections on the way; returns why not, or an empty string."""
     holder: Any = given
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
@@ -182,7 +179,7 @@ def _set(given: dict[str, Any], path: KeyPath, value: Any) -> str:
 def _resolve_paths(
     given: dict[str, Any], places: Mapping[KeyPath, Place], recipe_folder: Path, overridden: set[KeyPath]
 ) -> list[tuple[KeyPath, str]]:
-    """Makes local paths in `given` absolute, in place; returns what is missing."""
+    """Make local paths in `given` absolute, in place; returns what is missing."""
     keys: list[KeyPath] = [("model", "name_or_path")]
     for part in ("train", "eval"):
         sources = lookup(given, ("data", part))

@@ -10,22 +10,23 @@ UNITS = {
     for power, letter in enumerate("KMGT", start=1)
     for binary in ("", "i")
 }
-PATTERN = r"[0-9]+(\.[0-9]+)? ?[KMGT]i?B"
+PATTERN = r"[0-9]+(\.[0-9]+)? ?[KMGT]i?B"  # for the recipe's JSON schema
+_EXACT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?) ?(?P<unit>[KMGT]i?B)")
 _LOOSE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([kmgt])(i?)(?:b|bytes?)?", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 
 def parse_bytes(size: object) -> int:
-    """The bytes that `40GiB` (40 x 2^30), `40GB` (40 x 10^9) and the like say, also with decimals or one space before
-    the unit.
+    """The bytes of a size such as `40GiB` (40 x 2^30), `40GB` (40 x 10^9), `1.5GB` or `40 GiB`.
 
     Spelt exactly: whether `40G` or `40gb` means the one or the other is not guessed. Raises ValueError with a sentence
-    that names the value and what to write; callers add the place."""
+    that names the value and what to write; callers add the place.
+    """
     text = str(size).lower() if isinstance(size, bool) else str(size)
-    if not re.fullmatch(PATTERN, text):
+    exact = _EXACT.fullmatch(text)
+    if exact is None:
         raise ValueError(_why_not(text))
-    number, unit = re.fullmatch(r"(\S+?) ?([KMGT]i?B)", text).groups()
-    found = int(Decimal(number) * UNITS[unit])
+    found = int(Decimal(exact["number"]) * UNITS[exact["unit"]])
     if found < 1:
         raise ValueError(f"{text} is less than one byte; write a size above 0, such as 40GiB.")
     return found
@@ -47,6 +48,5 @@ def _why_not(text: str) -> str:
 
 def _either(number: str, letter: str) -> str:
     power = "KMGT".index(letter) + 1
-    return (
-        f"write {number}{letter}iB ({number} x 2^{10 * power} bytes) or {number}{letter}B ({number} x 10^{3 * power})"
-    )
+    binary, decimal = f"{number} x 2^{10 * power} bytes", f"{number} x 10^{3 * power}"
+    return f"write {number}{letter}iB ({binary}) or {number}{letter}B ({decimal})"

@@ -59,20 +59,23 @@ for _name, _pattern, _first in (
     _Resolver12.add_implicit_resolver(_TAG + _name, _pattern, list(_first))
 
 
-class _StrictComposer(Composer):
+class _StrictComposer(Parser, Composer):
     """Builds the node tree, noting what a strict reader refuses: tags, aliases, deep nesting."""
 
     def start(self) -> None:
+        """Begin a document; yaml's own classes have no common constructor."""
         self.depth = 0
         self.problems: list[tuple[int, str]] = []
 
-    def compose_node(self, parent: Node | None, index: Any) -> Node:
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        """The next node; a refused one becomes a problem, and is composed as if it were plain."""
         event = self.peek_event()
         line = event.start_mark.line + 1
         if isinstance(event, AliasEvent):
             self.get_event()
             self.problems.append((line, f"the alias *{event.anchor} is not allowed; write the value out."))
-            return ScalarNode(_TAG + "str", "", event.start_mark, event.end_mark)
+            # the stubs let an event have the C parser's marks too, and a node not
+            return ScalarNode(_TAG + "str", "", event.start_mark, event.end_mark)  # type: ignore[arg-type]
         if event.tag is not None:
             self.problems.append((line, f"the tag {event.tag} is not allowed; write the plain value."))
         if self.depth >= MAX_DEPTH:
@@ -83,28 +86,28 @@ class _StrictComposer(Composer):
         return node
 
 
-class _Loader12(Reader, Scanner, Parser, _StrictComposer, _Resolver12):
+class _Loader12(Reader, Scanner, _StrictComposer, _Resolver12):
     def __init__(self, text: str):
         Reader.__init__(self, text)
         Scanner.__init__(self)
         Parser.__init__(self)
-        _StrictComposer.__init__(self)
+        Composer.__init__(self)
         _Resolver12.__init__(self)
         self.start()
 
 
-class _Loader11(Reader, Scanner, Parser, _StrictComposer, Resolver):
+class _Loader11(Reader, Scanner, _StrictComposer, Resolver):
     def __init__(self, text: str):
         Reader.__init__(self, text)
         Scanner.__init__(self)
         Parser.__init__(self)
-        _StrictComposer.__init__(self)
+        Composer.__init__(self)
         Resolver.__init__(self)
         self.start()
 
 
 def parse(text: str, *, version: str = "1.2") -> Document:
-    """Reads one YAML document; never raises for its content, problems are returned with their lines."""
+    """Read one YAML document; never raises for its content, problems are returned with their lines."""
     if len(text) > MAX_CHARACTERS:
         return Document(None, {}, ((1, f"longer than {MAX_CHARACTERS} characters; this is not a settings file."),))
     loader = None
@@ -124,7 +127,9 @@ def parse(text: str, *, version: str = "1.2") -> Document:
     return Document(value, lines, tuple(problems))
 
 
-def _construct(node: Node, path: KeyPath, lines: dict, problems: list, version: str) -> Any:
+def _construct(
+    node: Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[tuple[int, str]], version: str
+) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, MappingNode):
         result: dict[str, Any] = {}
@@ -143,10 +148,11 @@ def _construct(node: Node, path: KeyPath, lines: dict, problems: list, version: 
         return result
     if isinstance(node, SequenceNode):
         return [_construct(item, (*path, i), lines, problems, version) for i, item in enumerate(node.value)]
+    assert isinstance(node, ScalarNode)
     return _scalar(node, problems, version)
 
 
-def _scalar(node: ScalarNode, problems: list, version: str) -> Any:
+def _scalar(node: ScalarNode, problems: list[tuple[int, str]], version: str) -> Any:
     kind, text = node.tag.removeprefix(_TAG), node.value
     if version == "1.1":
         try:
@@ -186,6 +192,7 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper quotes what YAML 1.1 would misread; the resolvers added below do the same for YAML 1.2."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        """Indent lists below their key."""
         return super().increase_indent(flow, False)
 
 

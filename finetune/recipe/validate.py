@@ -1,4 +1,4 @@
-"""Finds everything wrong with a recipe's values at once, and says it in words: value found, what is allowed."""
+"""Finds everything wrong with a recipe's values at once; a message names the value found and what is allowed."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def check(given: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
 def _readable(pruned: dict[str, Any], reported: set[KeyPath]) -> Recipe | None:
     """The recipe without its wrong values, so that combinations are still judged; None where that leaves none."""
     kept = {key: dict(value) if isinstance(value, dict) else value for key, value in pruned.items()}
-    for section, *rest in filter(None, reported):
-        if rest and isinstance(kept.get(section), dict):
-            kept[section].pop(rest[0], None)
+    for path in filter(None, reported):
+        section = str(path[0])  # the outermost key is never a list's index
+        if len(path) > 1 and isinstance(kept.get(section), dict):
+            kept[section].pop(path[1], None)
         else:
             kept.pop(section, None)
     try:
@@ -141,8 +142,10 @@ def _conflicts(given: Mapping[str, Any]) -> list[Problem]:
 def lookup(given: Any, path: KeyPath) -> Any:
     """The value at `path` of nested mappings and lists, None when there is none."""
     for part in path:
-        if isinstance(given, dict) or isinstance(given, list) and isinstance(part, int) and part < len(given):
-            given = given.get(part) if isinstance(given, dict) else given[part]
+        if isinstance(given, dict):
+            given = given.get(part)
+        elif isinstance(given, list) and isinstance(part, int) and part < len(given):
+            given = given[part]
         else:
             return None
     return given
