@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os.path
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from finetune.data.messages import REASONING
 from finetune.data.sentinels import MARKS, PLANES, Marked, mark_all, spaced_edges
 
 _Places = list[tuple[str, int]]  # marks in order of appearance, each with its place in the unmarked rendering
+_Render = Callable[[Sequence[dict]], str]
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,20 @@ def render_turns(chat: ChatFormat, messages: Sequence[dict], tools: Sequence[dic
     _check_shown(chat, messages, tools)
     if not any(message.get("tool_calls") for message in messages):
         return _render_turns(chat, messages, partial(chat.render, tools=tools))
-    problem = None
+    problem: NotLocated | None = None
     # templates disagree on how a call looks: no content or an empty one, arguments as object or as text
     for empty, as_text in ((None, False), ("", False), (None, True), ("", True)):
         try:
             return _render_turns(chat, messages, partial(_render_calls, chat, tools, empty, as_text))
         except NotLocated as error:
             problem = problem or error
+    assert problem is not None
     raise problem
 
 
-def _render_calls(chat: ChatFormat, tools, empty: str | None, as_text: bool, messages: Sequence[dict]) -> str:
+def _render_calls(
+    chat: ChatFormat, tools: Sequence[dict] | None, empty: str | None, as_text: bool, messages: Sequence[dict]
+) -> str:
     shown = []
     for message in messages:
         if message.get("tool_calls"):
@@ -92,7 +97,7 @@ def _check_shown(chat: ChatFormat, messages: Sequence[dict], tools: Sequence[dic
             raise NotLocated(f"the chat template has no place for `{thoughtful}`")
 
 
-def _render_turns(chat: ChatFormat, messages: Sequence[dict], render: Callable[[Sequence[dict]], str]) -> Rendered:
+def _render_turns(chat: ChatFormat, messages: Sequence[dict], render: _Render) -> Rendered:
     text = render(messages)
     plane = next((p for p in PLANES if not MARKS[p].search(text)), None)
     if plane is None:
@@ -106,7 +111,7 @@ def _render_turns(chat: ChatFormat, messages: Sequence[dict], render: Callable[[
     return Rendered(text, tuple(turns))
 
 
-def _mark_like(render, messages: Sequence[dict], text: str, plane: int) -> tuple[list[Marked], str]:
+def _mark_like(render: _Render, messages: Sequence[dict], text: str, plane: int) -> tuple[list[Marked], str]:
     """Marked messages whose rendering, marks removed, is `text`; and that rendering.
 
     White space at the edges of an assistant's content belongs to the turn where the template keeps it. The marks go
@@ -136,7 +141,9 @@ def _mark_like(render, messages: Sequence[dict], text: str, plane: int) -> tuple
     return found
 
 
-def _turns(chat: ChatFormat, render, messages, marked: list[Marked], places: _Places, text: str) -> list[Turn]:
+def _turns(
+    chat: ChatFormat, render: _Render, messages: Sequence[dict], marked: list[Marked], places: _Places, text: str
+) -> list[Turn]:
     owner = {mark: i for i, entry in enumerate(marked) for mark in (*entry.opens, *entry.closes, *entry.calls)}
     by_turn: dict[int, list[int]] = {}
     seen: set[str] = set()
@@ -176,7 +183,14 @@ def _check_order(entry: Marked, found: list[str]) -> None:
 
 
 def _begin(
-    chat: ChatFormat, render, messages, i: int, entry: Marked, first: tuple[str, int], low: int, text: str
+    chat: ChatFormat,
+    render: _Render,
+    messages: Sequence[dict],
+    i: int,
+    entry: Marked,
+    first: tuple[str, int],
+    low: int,
+    text: str,
 ) -> int:
     """Where turn `i` begins: after the generation prompt, else (templates without one) at its first own character."""
     mark, place = first
@@ -186,7 +200,7 @@ def _begin(
         return _extend_back(text, place, entry.opens[mark])
     # A call begins where the same conversation with a plain answer in its place would begin to differ.
     plain = render([*messages[:i], {"role": "assistant", "content": chr(PLANES[0])}])
-    start = len(os.path.commonprefix([text, plain]))
+    start = len(os.path.commonprefix([text, plain]))  # noqa: RUF071 - characters are what is compared
     if not low <= start <= place:
         raise NotLocated("the beginning of a tool call cannot be located in the chat template's rendering")
     return start
@@ -224,7 +238,8 @@ def _end_of_turn(chat: ChatFormat, text: str, content_end: int, limit: int) -> i
     match = next(filter(None, (pattern.search(text, content_end, limit) for pattern in chat.end_patterns)), None)
     if match is None:
         return None
-    eos, end, following = chat.tokenizer.eos_token, match.end(), match
+    eos, end = chat.tokenizer.eos_token, match.end()
+    following: re.Match[str] | None = match
     while following and following.group() != eos:
         following = following.re.match(text, following.end(), limit)
     return following.end() if following else end

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template, made ready to render conversations the same way every day."""
+"""A tokenizer's chat template, prepared so that a conversation renders the same way on every day."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import jinja2
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # Templates that print today's date would give other tokens on another day: every rendering sees this one.
 _TEMPLATE_DATE = datetime(2024, 7, 26)
-# Prompt and completion as they are, for a tokenizer without a chat template.
+# Prompt and completion unchanged, for a tokenizer without a chat template.
 _PAIR_TEMPLATE = (
     "{{ %r }}{%% for m in messages %%}{{ m['content'] }}{%% if m['role'] == 'assistant' %%}{{ eos_token }}{%% endif %%}"
     "{%% endfor %%}"
@@ -19,7 +23,7 @@ _PAIR_TEMPLATE = (
 
 
 class NotLocated(Exception):
-    """A conversation that cannot become a training row; the text says why. The row counts as dropped."""
+    """A conversation that cannot become a training row, with the reason as text. The row counts as dropped."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ChatFormat:
     `header` is what the template writes to ask for an answer (its generation prompt), empty where it writes nothing.
     """
 
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     template: str
     end_patterns: tuple[re.Pattern[str], ...]
     header: str
@@ -40,12 +44,13 @@ class ChatFormat:
         return _render(self.tokenizer, self.template, messages, tools)
 
 
-def chat_format(tokenizer, template: str | None = None) -> ChatFormat:
+def chat_format(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> ChatFormat:
     """The chat format of a Hugging Face tokenizer: its own chat template, or `template`.
 
     Raises ValueError (from transformers) when there is none.
     """
-    special, added = set(), set()
+    special: set[str] = set()
+    added: set[str] = set()
     for token in tokenizer.added_tokens_decoder.values():
         (special if token.special else added).add(token.content)
     if tokenizer.eos_token:
@@ -63,7 +68,7 @@ def chat_format(tokenizer, template: str | None = None) -> ChatFormat:
     return ChatFormat(tokenizer, fixed, patterns, _header(tokenizer, fixed))
 
 
-def pair_format(tokenizer, prefix: str) -> ChatFormat:
+def pair_format(tokenizer: PreTrainedTokenizerBase, prefix: str) -> ChatFormat:
     """Prompt and completion without a chat template: `prefix` (BOS, or nothing), prompt, completion, eos."""
     return chat_format(tokenizer, _PAIR_TEMPLATE % prefix)
 
@@ -87,17 +92,21 @@ def missing_end(chat: ChatFormat) -> str | None:
     return None
 
 
-def _render(tokenizer, template: str, messages: Sequence[dict], tools=None, ask: bool = False) -> str:
-    tools = list(tools) if tools else None
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Sequence[dict],
+    tools: Sequence[dict] | None = None,
+    ask: bool = False,
+) -> str:
+    options = {"tools": list(tools) if tools else None, "chat_template": template, "add_generation_prompt": ask}
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tools=tools, chat_template=template, tokenize=False, add_generation_prompt=ask
-        )
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except (jinja2.exceptions.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise NotLocated(f"the chat template refuses it: {' '.join(str(error).split())[:160]}") from error
 
 
-def _header(tokenizer, template: str) -> str:
+def _header(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     question = [{"role": "user", "content": "a"}]
     try:
         plain = _render(tokenizer, template, question)
@@ -117,11 +126,5 @@ def _with_fixed_date(template: str) -> str:
     formats = set(re.findall(r"strftime_now\(\s*[\"']([^\"']+)[\"']", template)) | {"%d %b %Y"}
     dates = ", ".join(f"{form!r}: {_TEMPLATE_DATE.strftime(form)!r}" for form in sorted(formats))
     default = _TEMPLATE_DATE.strftime("%Y-%m-%d")
-    return (
-        "{%- macro strftime_now(format) -%}{{- {"
-        + dates
-        + "}.get(format, "
-        + repr(default)
-        + ") -}}{%- endmacro -%}"
-        + template
-    )
+    macro = "{%- macro strftime_now(format) -%}{{- {DATES}.get(format, DEFAULT) -}}{%- endmacro -%}"
+    return macro.replace("DEFAULT", repr(default)).replace("DATES", dates) + template

@@ -1,8 +1,9 @@
-"""What tokenizer, sources and settings must have in common, and what is said about the rows that came out."""
+"""Whether tokenizer, sources and settings fit together, and what is printed about the rows that came out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from finetune.data.chat_template import ChatFormat, chat_format, missing_end, pair_format
 from finetune.data.sources import Source
@@ -10,8 +11,13 @@ from finetune.data.tokenization import text_prefix
 from finetune.errors import UserError
 from finetune.recipe.load import Loaded
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def chat_formats(loaded: Loaded, tokenizer, sources: Sequence[Source]) -> dict[str, ChatFormat]:
+
+def chat_formats(
+    loaded: Loaded, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]
+) -> dict[str, ChatFormat]:
     """The chat format of each kind of source that needs one ("chat", "pair").
 
     Raises UserError where tokenizer, sources and data.loss_on do not fit.
@@ -44,7 +50,7 @@ def chat_formats(loaded: Loaded, tokenizer, sources: Sequence[Source]) -> dict[s
     return formats
 
 
-def _format(loaded: Loaded, tokenizer, source: Source, model: str) -> ChatFormat:
+def _format(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, source: Source, model: str) -> ChatFormat:
     if tokenizer.chat_template:
         return chat_format(tokenizer)
     if source.kind == "pair":
@@ -55,7 +61,7 @@ def _format(loaded: Loaded, tokenizer, source: Source, model: str) -> ChatFormat
     )
 
 
-def count_problems(loaded: Loaded, summary: Mapping) -> list[str]:
+def count_problems(loaded: Loaded, summary: Mapping[str, Any]) -> list[str]:
     """What is wrong with the rows that came out: too many dropped, none left. Each a full sentence with its place."""
     data = loaded.recipe.data
     problems = []
@@ -86,7 +92,12 @@ def count_problems(loaded: Loaded, summary: Mapping) -> list[str]:
     return problems
 
 
-def describe(sources: Sequence[Source], summary: Mapping, formats: Mapping[str, ChatFormat], say: Callable) -> None:
+def describe(
+    sources: Sequence[Source],
+    summary: Mapping[str, Any],
+    formats: Mapping[str, ChatFormat],
+    say: Callable[[str], None],
+) -> None:
     """One line per split for people, and one per source that has something to explain."""
     for source in sources:
         notes = []

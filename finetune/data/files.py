@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from finetune.errors import UserError
 
@@ -75,7 +75,7 @@ def _in_folder(folder: Path, split: str, setting: str) -> list[Path]:
 
 
 def _split_name(file: Path) -> str | None:
-    words = (re.match(r"[a-z]*", part.lower()).group() for part in reversed(file.parts))
+    words = (re.split(r"[^a-z]", part.lower(), maxsplit=1)[0] for part in reversed(file.parts))
     return next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), None)
 
 
@@ -111,7 +111,7 @@ def read_files(files: list[Path]) -> Iterator[Record]:
             raise UserError(f"{place}: the gzip file is damaged or cut short: {error}. Copy it again.") from error
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path) -> io.BufferedIOBase:
     return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")
 
 
@@ -172,7 +172,7 @@ def _csv(file: Path) -> Iterator[Record]:
                     f"{where}: the row has {len(fields)} fields, the header has {len(header)}. Quote fields"
                     " that hold the delimiter, a line end or a quote."
                 )
-            yield where, dict(zip(header, fields))
+            yield where, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise UserError(f"{file}:{line}: not valid CSV: {error}.") from error
 

@@ -21,9 +21,9 @@ _NEEDED = (
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row as read: a conversation (`messages`, with `tools`) or a document (`text`), the other is None.
+    """One row as read: a conversation (`messages`, with `tools`) or a document (`text`); the other is None.
 
-    `where` is for people.
+    `where` names file and line for messages.
     """
 
     where: str
@@ -62,7 +62,7 @@ def recognise(where: str, record: dict, wanted: str, mapping: Mapping[str, str],
             raise UserError(f"{where}: `columns` maps {ours} to `{theirs}`, but the columns are {listed(record)}.")
     for name in FORMATS if wanted == "auto" else (wanted,):
         needed, more = FORMATS[name]
-        columns = {ours: theirs for ours in (*needed, *more) if (theirs := _theirs(ours, record, mapping))}
+        columns = {ours: found for ours in (*needed, *more) if (found := _theirs(ours, record, mapping))}
         if all(ours in columns for ours in needed):
             break
     else:
@@ -90,7 +90,8 @@ def _no_format(where: str, record: dict, wanted: str) -> str:
         return f"{found} format: {wanted} needs {needed}; name other columns with `columns: {{ours: theirs}}`."
     guesses = (("question", "answer"), ("query", "response"), ("input", "output"), ("prompt", "answer"))
     guess = next((pair for pair in guesses if all(name in record for name in pair)), None)
-    example = "columns: {prompt: %s, completion: %s}" % guess if guess else "columns: {ours: theirs}"
+    columns = f"prompt: {guess[0]}, completion: {guess[1]}" if guess else "ours: theirs"
+    example = f"columns: {{{columns}}}"
     return f"{found} Needed: {_NEEDED}. Name other columns in the source with `{example}`."
 
 
@@ -137,8 +138,8 @@ def _alpaca(where: str, shape: Shape, values: dict) -> list[dict]:
 
 def _prompt_completion(where: str, shape: Shape, values: dict) -> list[dict]:
     if shape.kind == "pair":
-        prompt, completion = (_string(where, shape, name, values[name]) for name in ("prompt", "completion"))
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        asked, answer = (_string(where, shape, name, values[name]) for name in ("prompt", "completion"))
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     prompt = as_messages(where, shape.columns["prompt"], _listened(values["prompt"], "user"))
     return prompt + as_messages(where, shape.columns["completion"], _listened(values["completion"], "assistant"))
 

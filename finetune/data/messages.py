@@ -80,15 +80,14 @@ def _calls(what: str, value: object, role: str) -> list[dict]:
     calls = []
     for call in value if isinstance(value, list | tuple) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"{what} must hold calls with `name` and `arguments`, found {_found(call)}.")
         arguments = function.get("arguments", function.get("parameters")) or {}
         if isinstance(arguments, str):
             arguments = _parsed(f"{what}: `arguments` of {function['name']}", arguments)
         if not isinstance(arguments, dict):
-            raise UserError(
-                f"{what}: `arguments` of {function['name']} must be an object, found {kind_name(arguments)}."
-            )
+            said = f"`arguments` of {function['name']} must be an object, found {kind_name(arguments)}"
+            raise UserError(f"{what}: {said}.")
         _check_deep(what, [function["name"], arguments])
         result = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         calls.append(result | ({"id": call["id"]} if isinstance(call.get("id"), str) else {}))
@@ -142,9 +141,9 @@ def _check_deep(what: str, value: object) -> None:
 
 
 def _found(value: object) -> str:
-    return (
-        (", ".join(f"`{key}`" for key in list(value)[:12]) or "none") if isinstance(value, dict) else kind_name(value)
-    )
+    if not isinstance(value, dict):
+        return kind_name(value)
+    return ", ".join(f"`{key}`" for key in list(value)[:12]) or "none"
 
 
 def kind_name(value: object) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -24,14 +25,19 @@ from finetune.data.tokenization import Dropped, Encoded, encode_chat, encode_tex
 from finetune.errors import UserError
 from finetune.recipe.load import Loaded
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FORMAT_VERSION = 2  # part of every cache key: raise it when the same rows become other tokens
 _PROGRESS_AFTER_SECONDS = 3
 _HALVES = 1 << 40  # keeps the choice of a fractional weight apart from the orders of the epochs
-_Rows = Iterator[tuple[int, SourceRow]]
+_Rows = Iterator[tuple[int, SourceRow]]  # each with its source's index
+_Samples = Iterator[tuple[int, Encoded | Dropped]]
+TrainRows = TypeVar("TrainRows")  # TokenRows, or StreamRows under data.streaming
 
 
 @dataclass(frozen=True)
-class PreparedData:
+class PreparedData(Generic[TrainRows]):
     """Token rows to train on and to evaluate on (None without data.eval or data.eval_fraction), and their figures.
 
     `summary` counts the training rows: `source_rows` (read), `dropped` (of them), `rows` (samples, after weights),
@@ -41,17 +47,17 @@ class PreparedData:
     `cache_folder`.
     """
 
-    train: TokenRows
+    train: TrainRows
     evaluation: TokenRows | None
-    summary: dict
+    summary: dict[str, Any]
 
 
-def prepare(loaded: Loaded, tokenizer, say: Callable[[str], None]) -> PreparedData:
+def prepare(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> PreparedData[TokenRows]:
     """Tokenise the recipe's data, or open what an earlier run with the same content left in the cache.
 
     Every process may call it at once, with or without a process group: the first of a node tokenises under a file
-    lock, the others wait. `say` takes one line for people. Raises UserError for rows, sources, templates and settings
-    that the user can mend, with the data file's line or the recipe's.
+    lock, the others wait. `say` takes one line for people. Raises UserError for wrong rows, sources, templates and
+    settings, with the data file's line or the recipe's.
     """
     prepared, problems = tokenise(loaded, tokenizer, say)
     if problems or prepared is None:
@@ -59,10 +65,12 @@ def prepare(loaded: Loaded, tokenizer, say: Callable[[str], None]) -> PreparedDa
     return prepared
 
 
-def tokenise(loaded: Loaded, tokenizer, say: Callable[[str], None]) -> tuple[PreparedData | None, list[str]]:
-    """`prepare` for those who want to look at what came out even where it is refused: the data and the problems.
+def tokenise(
+    loaded: Loaded, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> tuple[PreparedData[TokenRows] | None, list[str]]:
+    """`prepare` that returns the problems instead of raising them: (the data, the problems).
 
-    None where no row came out. Raises UserError for what cannot be read at all.
+    The data are None where no row came out. Raises UserError for what cannot be read at all.
     """
     train, evaluation = open_sources(loaded, "train"), open_sources(loaded, "eval")
     formats = chat_formats(loaded, tokenizer, [*train, *evaluation])
@@ -84,7 +92,8 @@ def tokenise(loaded: Loaded, tokenizer, say: Callable[[str], None]) -> tuple[Pre
     index = weighted_rows([source["rows"] for source in summary["sources"]], weights, loaded.recipe.training.seed)
     fingerprint = f"{key}-train" + ("" if index is None else f"-{hashlib.sha256(index.tobytes()).hexdigest()[:16]}")
     rows = TokenRows(folder / "train", fingerprint, index)
-    summary["sources"] = [{**entry, "weight": weight} for entry, weight in zip(summary["sources"], weights)]
+    weighted = zip(summary["sources"], weights, strict=True)
+    summary["sources"] = [{**entry, "weight": weight} for entry, weight in weighted]
     summary |= {"rows": len(rows), "tokens": int(rows.lengths.sum()), "trained_tokens": int(rows.trained.sum())}
     held_out = None
     if stored["evaluation"] and stored["evaluation"]["rows"]:
@@ -102,7 +111,7 @@ def weighted_rows(rows: Sequence[int], weights: Sequence[float], seed: int) -> n
     if all(weight == 1 for weight in weights):
         return None
     parts, first = [], 0
-    for number, (count, weight) in enumerate(zip(rows, weights)):
+    for number, (count, weight) in enumerate(zip(rows, weights, strict=True)):
         whole = int(weight)
         more = round((weight - whole) * count)
         more = max(more, 1) if whole == 0 and count else more
@@ -112,12 +121,14 @@ def weighted_rows(rows: Sequence[int], weights: Sequence[float], seed: int) -> n
     return np.concatenate(parts)
 
 
-def _cache_key(loaded: Loaded, tokenizer, train: Sequence[Source], evaluation: Sequence[Source]) -> str:
+def _cache_key(
+    loaded: Loaded, tokenizer: PreTrainedTokenizerBase, train: Sequence[Source], evaluation: Sequence[Source]
+) -> str:
     data = loaded.recipe.data
     if tokenizer.is_fast:
         vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
-        # state of the last call, not identity
-        vocabulary.pop("truncation", None), vocabulary.pop("padding", None)
+        for name in ("truncation", "padding"):  # of the last call
+            vocabulary.pop(name, None)
     else:
         vocabulary = sorted(tokenizer.get_vocab().items())
     content = {
@@ -153,7 +164,14 @@ def held_out_keys(keys: Iterable[bytes], fraction: float, seed: int) -> set[byte
     return chosen
 
 
-def _build(loaded: Loaded, tokenizer, formats: dict[str, ChatFormat], train, evaluation, folder: Path) -> None:
+def _build(
+    loaded: Loaded,
+    tokenizer: PreTrainedTokenizerBase,
+    formats: dict[str, ChatFormat],
+    train: Sequence[Source],
+    evaluation: Sequence[Source],
+    folder: Path,
+) -> None:
     data = loaded.recipe.data
     held_out: set[bytes] = set()
     if data.eval_fraction:
@@ -165,7 +183,7 @@ def _build(loaded: Loaded, tokenizer, formats: dict[str, ChatFormat], train, eva
         rows = first_rows(train, data.max_rows)
         return ((i, row) for i, row in rows if (row.content_key() in held_out) == held) if held_out else rows
 
-    summary = {"train": _write(folder / "train", encode, train, side(held=False)), "evaluation": None}
+    summary: dict[str, Any] = {"train": _write(folder / "train", encode, train, side(held=False)), "evaluation": None}
     if held_out:
         summary["evaluation"] = _write(folder / "evaluation", encode, train, side(held=True))
     elif evaluation or data.eval_fraction:
@@ -176,8 +194,13 @@ def _build(loaded: Loaded, tokenizer, formats: dict[str, ChatFormat], train, eva
 
 
 def _encode_sources(
-    tokenizer, formats: dict[str, ChatFormat], loss_on: str, max_length: int, sources: Sequence[Source], rows: _Rows
-) -> Iterator[tuple[int, Encoded | Dropped]]:
+    tokenizer: PreTrainedTokenizerBase,
+    formats: dict[str, ChatFormat],
+    loss_on: str,
+    max_length: int,
+    sources: Sequence[Source],
+    rows: _Rows,
+) -> _Samples:
     """Samples of all sources in order, with their source's index; a block of text never holds documents of two."""
     for index, group in groupby(rows, key=lambda entry: entry[0]):
         source_rows: Iterator[SourceRow] = (row for _, row in group)
@@ -189,7 +212,12 @@ def _encode_sources(
         yield from ((index, sample) for sample in samples)
 
 
-def _write(folder: Path, encode, sources: Sequence[Source], rows: _Rows) -> dict:
+def _write(
+    folder: Path,
+    encode: Callable[[Sequence[Source], _Rows], _Samples],
+    sources: Sequence[Source],
+    rows: _Rows,
+) -> dict[str, Any]:
     writer = RowWriter(folder)
     counts = Counter(source_rows=0, truncated=0, dropped=0, turns=0, ends=0)
     reasons: dict[str, dict] = {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from finetune.data.files import Record, content_hash, expand, read_files
 from finetune.data.formats import Shape, SourceRow, recognise, to_row
@@ -23,7 +24,7 @@ class Source:
     """One entry of data.train or data.eval, opened.
 
     `setting` names it in the recipe (`recipe.yaml:9: data.train`), `identity` changes with its content and with how it
-    is read, `local` is whether its rows lie here, `read()` starts over from its first row.
+    is read, `local` is whether its rows are in local files, `read()` starts over from its first row.
     """
 
     name: str
@@ -64,9 +65,8 @@ def open_source(section: SourceSection, setting: str, streaming: bool = False) -
     path = section.path
     if os.path.isabs(path):
         if section.subset is not None:
-            raise UserError(
-                f"{setting}: subset is '{section.subset}', but {path} is local. Subsets are of hub data sets."
-            )
+            said = f"subset is '{section.subset}', but {path} is local. Subsets are of hub data sets."
+            raise UserError(f"{setting}: {said}")
         files = expand(Path(path), section.split, setting)
         name = Path(path).name + (f" [{section.split}]" if section.split != "train" else "")
         content, records = content_hash(files), partial(read_files, files)
@@ -101,7 +101,7 @@ def first_rows(sources: Iterable[Source], limit: int | None) -> Iterator[tuple[i
                 return
 
 
-def _hub_rows(dataset, name: str) -> Iterator[Record]:
+def _hub_rows(dataset: Iterable[dict], name: str) -> Iterator[Record]:
     for number, record in enumerate(dataset):
         yield f"{name} row {number}", record
 
@@ -112,7 +112,7 @@ def _first_rows_hash(records: Callable[[], Iterator[Record]]) -> str:
     return hashlib.sha256(head.encode()).hexdigest()
 
 
-def _hub_dataset(section: SourceSection, setting: str, streaming: bool):
+def _hub_dataset(section: SourceSection, setting: str, streaming: bool) -> Any:
     import datasets
 
     if os.environ.get("LOCAL_RANK", "0") != "0":

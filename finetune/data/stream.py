@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,8 +26,12 @@ from finetune.data.sources import Source, open_sources
 from finetune.data.token_cache import IGNORED, Row, get_or_build
 from finetune.data.tokenization import Dropped, Encoded, chat_batch, document_batch, join_blocks, text_prefix
 from finetune.errors import UserError
+from finetune.recipe.fields import DataSection
 from finetune.recipe.load import Loaded
 from finetune.report.text import count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BLOCK_ROWS = 4096  # rows that are shuffled together; they are in memory together too
 _CHECKED_ROWS = 256
@@ -60,10 +66,12 @@ class StreamRows:
         return self._kept[index]
 
 
-def open_stream(loaded: Loaded, tokenizer, say: Callable[[str], None]) -> PreparedData:
+def open_stream(
+    loaded: Loaded, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> PreparedData[StreamRows]:
     """`prepare` for data.streaming: evaluation rows are prepared as ever, training rows come while training.
 
-    Local files are read through once and the first rows tokenised, so that what is wrong with them is said before any
+    Local files are read once to their end and the first rows are tokenised, so that errors in them are found before any
     weight is read; a hub data set is checked by its first rows. `summary` has the figures of those first rows,
     `streaming` True, and the vocabulary's last id as `max_token_id`. Raises UserError.
     """
@@ -86,14 +94,16 @@ def _read_through(source: Source, say: Callable[[str], None]) -> None:
     if not source.local:
         return
 
-    def read(folder) -> None:
+    def read(folder: Path) -> None:
         rows = sum(1 for _ in source.read())
         (folder / "summary.json").write_text(f'{{"rows": {rows}}}', encoding="utf-8")
 
     get_or_build(f"checked-{source.key()}", lambda folder: (folder / "summary.json").exists(), read, say)
 
 
-def mixed(tokenizer, formats: dict[str, ChatFormat], loaded: Loaded, sources: Sequence[Source]) -> Iterator[Encoded]:
+def mixed(
+    tokenizer: PreTrainedTokenizerBase, formats: dict[str, ChatFormat], loaded: Loaded, sources: Sequence[Source]
+) -> Iterator[Encoded]:
     """Samples of all sources, endless, in proportion to their weights: each time from the one most behind its share."""
     seed = loaded.recipe.training.seed
     streams = [_endless(tokenizer, formats, loaded, source, [seed, n]) for n, source in enumerate(sources)]
@@ -106,9 +116,11 @@ def mixed(tokenizer, formats: dict[str, ChatFormat], loaded: Loaded, sources: Se
         yield next(streams[chosen])
 
 
-def _endless(tokenizer, formats, loaded: Loaded, source: Source, seed: list[int]) -> Iterator[Encoded]:
+def _endless(
+    tokenizer: PreTrainedTokenizerBase, formats: dict[str, ChatFormat], loaded: Loaded, source: Source, seed: list[int]
+) -> Iterator[Encoded]:
     data, passes, seen, dropped = loaded.recipe.data, 0, 0, 0
-    example = None
+    example: Dropped | None = None
     while True:
         before = seen - dropped
         for sample in _encoded(tokenizer, formats, data, source, [*seed, passes]):
@@ -128,7 +140,13 @@ def _endless(tokenizer, formats, loaded: Loaded, source: Source, seed: list[int]
             )
 
 
-def _encoded(tokenizer, formats, data, source: Source, seed: list[int]) -> Iterator[Encoded | Dropped]:
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase,
+    formats: dict[str, ChatFormat],
+    data: DataSection,
+    source: Source,
+    seed: list[int],
+) -> Iterator[Encoded | Dropped]:
     """One pass over a source. In this process: forking is not safe any more once a device is in use."""
     rows = _shuffled(source.read(), seed)
     batches = iter(lambda: list(islice(rows, BATCH_ROWS)), [])

@@ -69,7 +69,7 @@ class RowWriter:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True)
-        self._files = {name: open(folder / f"{name}.npy", "wb") for name in _ARRAYS}
+        self._files = {name: (folder / f"{name}.npy").open("wb") for name in _ARRAYS}  # until close()
         self._counts = dict.fromkeys(_ARRAYS, 0)
         self._headers = {name: self._write_header(name) for name in _ARRAYS}
         self.rows = self.tokens = self.trained_tokens = 0
@@ -166,8 +166,7 @@ def _rename(temporary: Path, entry: Path, is_good: Callable[[Path], bool]) -> No
     try:
         temporary.rename(entry)
     except OSError:
-        # another node was faster
-        if not is_good(entry):
+        if not is_good(entry):  # a good one is another machine's, which was faster
             raise
 
 

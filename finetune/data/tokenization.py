@@ -1,10 +1,11 @@
-"""Rows to token ids with a trained / not trained bit each."""
+"""Rows to token ids, each with a bit that says whether it is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from finetune.data.assistant_turns import Rendered, Turn, render_turns
 from finetune.data.chat_template import ChatFormat, NotLocated
 from finetune.data.formats import SourceRow
 from finetune.data.parallel import map_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def chat_batch(chat: ChatFormat, loss_on: str, max_length: int, batch: Sequence[
     """One result per conversation of a batch."""
     rendered = [_render(chat, row, loss_on) for row in batch]
     good = [entry for entry in rendered if isinstance(entry, Rendered)]
-    encodings = iter(())
+    ids: list[list[int]] = []
+    offsets: list[list[tuple[int, int]] | None] = []
     if good:
         # the template has written every special token already: adding them again would double the BOS
         tokens = chat.tokenizer(
@@ -61,23 +66,26 @@ def chat_batch(chat: ChatFormat, loss_on: str, max_length: int, batch: Sequence[
             return_token_type_ids=False,
             verbose=False,
         )
-        encodings = zip(tokens["input_ids"], tokens.get("offset_mapping", [None] * len(good)))
+        ids, offsets = tokens["input_ids"], tokens.get("offset_mapping", [None] * len(good))
+    encodings = zip(ids, offsets, strict=True)
     return [
         entry if isinstance(entry, Dropped) else _chat_sample(row.where, entry, *next(encodings), max_length)
-        for row, entry in zip(batch, rendered)
+        for row, entry in zip(batch, rendered, strict=True)
     ]
 
 
 def _render(chat: ChatFormat, row: SourceRow, loss_on: str) -> Rendered | Dropped:
-    if loss_on != "all" and not any(message["role"] == "assistant" for message in row.messages):
+    messages = row.messages
+    assert messages is not None, "a source of conversations has no rows of plain text"
+    if loss_on != "all" and not any(message["role"] == "assistant" for message in messages):
         return Dropped(row.where, "it has no assistant turn")
     try:
-        rendered = render_turns(chat, row.messages, row.tools)
+        rendered = render_turns(chat, messages, row.tools)
     except NotLocated as error:
         # with every token trained, a template that changes plain contents beyond recognition does no harm
-        if loss_on == "all" and not row.tools and all(set(message) == {"role", "content"} for message in row.messages):
+        if loss_on == "all" and not row.tools and all(set(message) == {"role", "content"} for message in messages):
             try:
-                return Rendered(chat.render(row.messages, row.tools), ())
+                return Rendered(chat.render(messages, row.tools), ())
             except NotLocated as refused:
                 return Dropped(row.where, str(refused))
         return Dropped(row.where, str(error))
@@ -116,7 +124,9 @@ def _token_range(places: np.ndarray, turn: Turn, text: str) -> tuple[int, int]:
     return (int(covers[0]), int(covers[-1]) + 1) if len(covers) else (0, 0)
 
 
-def encode_text(tokenizer, rows: Iterable[SourceRow], block_tokens: int) -> Iterator[Encoded | Dropped]:
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[SourceRow], block_tokens: int
+) -> Iterator[Encoded | Dropped]:
     """Documents, each ended by eos, joined in order and cut into samples of `block_tokens`; all but the first trained.
 
     The last sample may be shorter; one of a single token is left out, for it trains nothing. Documents begin with what
@@ -144,14 +154,17 @@ def join_blocks(documents: Iterable[np.ndarray | Dropped], block_tokens: int) ->
         yield _block(np.concatenate(held))
 
 
-def document_batch(tokenizer, prefix: list[int], batch: Sequence[SourceRow]) -> list[np.ndarray | Dropped]:
+def document_batch(
+    tokenizer: PreTrainedTokenizerBase, prefix: list[int], batch: Sequence[SourceRow]
+) -> list[np.ndarray | Dropped]:
     """The token ids of each document of a batch, from `prefix` to eos."""
-    full = [row.text for row in batch if row.text.strip()]
+    texts = [row.text or "" for row in batch]
+    full = [text for text in texts if text.strip()]
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
     plain = iter(tokenizer(full, verbose=False, **options)["input_ids"] if full else ())
     result: list[np.ndarray | Dropped] = []
-    for row in batch:
-        if not row.text.strip():
+    for row, text in zip(batch, texts, strict=True):
+        if not text.strip():
             result.append(Dropped(row.where, "its text is empty"))
             continue
         ids = next(plain)
@@ -162,7 +175,7 @@ def document_batch(tokenizer, prefix: list[int], batch: Sequence[SourceRow]) -> 
     return result
 
 
-def text_prefix(tokenizer) -> list[int]:
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that the tokenizer puts before a text (BOS, or nothing)."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
