@@ -19,7 +19,7 @@ from finetune.checkpoint.progress import Progress, read_progress
 from finetune.checkpoint.snapshots import Snapshot
 from finetune.engine.deepspeed.checkpoint import BYTES_FACTOR
 from finetune.engine.engine import Engine
-from finetune.engine.state import convert_state, load_converted, load_state, save_state
+from finetune.engine.kinds import convert_state
 from finetune.errors import UserError
 from finetune.report.run_folder import STATE
 
@@ -33,13 +33,13 @@ def save(
 ) -> str:
     """Save and publish a checkpoint, then prune; "" when it is there, else why not, on every rank. A collective."""
     step = progress.position.step
-    problem = on_rank_0(engine, lambda: _begin(root, step, bytes_needed))
+    problem = engine.on_rank_0(lambda: _begin(root, step, bytes_needed))
     if problem:
         return problem
     folder = snapshots.folder_of(root, step, snapshots.PARTIAL)
     digests: dict[str, snapshots.Digest] = {}
     try:
-        names = save_state(engine, folder)
+        names = engine.save_state(folder)
         if engine.rank == 0:
             snapshots.write_synced(folder / STATE, json.dumps(dataclasses.asdict(progress)).encode())
             names = [STATE, *names]
@@ -58,7 +58,7 @@ def save(
         with contextlib.suppress(OSError):  # the new one is there; the next save tries again
             snapshots.prune(root, step, limit, progress.best_step if keep_best else None)
 
-    return on_rank_0(engine, publish)
+    return engine.on_rank_0(publish)
 
 
 def _begin(root: Path, step: int, bytes_needed: int) -> None:
@@ -66,22 +66,6 @@ def _begin(root: Path, step: int, bytes_needed: int) -> None:
     if shortage := snapshots.check_space(root, bytes_needed):
         snapshots.abandon(root, step)
         raise OSError(shortage)
-
-
-def on_rank_0(engine: Engine, act: Callable[[], object]) -> str:
-    """Do it on rank 0; what went wrong there, on every rank. A collective. Raises UserError where rank 0 does."""
-    problem: str | UserError = ""
-    if engine.rank == 0:
-        try:
-            act()
-        except OSError as error:
-            problem = str(error)
-        except UserError as error:  # the ranks do not see one disk: trying again changes nothing
-            problem = error
-    problem = engine.broadcast_object(problem)
-    if isinstance(problem, UserError):
-        raise problem
-    return problem
 
 
 def choose(engine: Engine, root: Path, say: Callable[[str], None]) -> Snapshot | None:
@@ -99,7 +83,7 @@ def load(engine: Engine, snapshot: Snapshot) -> Progress:
     if engine.strategy.engine == "deepspeed" and snapshot.facts["ranks"] != engine.ranks:
         _load_converted(engine, snapshot)
     else:
-        load_state(engine, snapshot.folder)
+        engine.load_state(snapshot.folder)
     return read_progress(snapshot.folder)
 
 
@@ -115,13 +99,13 @@ def _load_converted(engine: Engine, snapshot: Snapshot) -> None:
         convert_state(snapshot.folder, scratch)
 
     try:
-        if problem := on_rank_0(engine, make):
+        if problem := engine.on_rank_0(make):
             raise UserError(
                 f"{snapshot.folder} was written on {then} ranks and could not be converted for {engine.ranks}:"
                 f" {problem}. If the disk is full, make room; else go on with {then} ranks."
             )
         _all_see(engine, folder, f"Put output_dir on a shared disk, or go on with {then} ranks.", PATIENCE_SECONDS)
-        load_converted(engine, folder)
+        engine.load_state(folder)
         engine.wait()  # nobody reads any more
     finally:
         if engine.rank == 0:

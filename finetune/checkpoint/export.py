@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from finetune.checkpoint.identity import base_fingerprint, comparable, differences, tokenizer_fingerprint
 from finetune.checkpoint.manifest import Snapshot
 from finetune.checkpoint.survey import pick
+from finetune.engine.kinds import read_trained
 from finetune.engine.libraries import prepare_libraries
-from finetune.engine.state import read_trained
 from finetune.errors import UserError
 from finetune.launch.strategy import one_process
 from finetune.model import load as model

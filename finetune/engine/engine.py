@@ -10,38 +10,30 @@ from __future__ import annotations
 import contextlib
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import (
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from finetune.engine.clipping import clip_on_cpu
-from finetune.engine.deepspeed import config as ds
-from finetune.engine.deepspeed import parameters as ds_parameters
 from finetune.engine.gradient_norms import GradientWatch
 from finetune.engine.meter import Meter
-from finetune.launch.strategy import Strategy
+from finetune.engine.settings import Prepared
+from finetune.engine.state import readable
+from finetune.errors import UserError
 from finetune.model.parameters import Weights, weights_of
 
 
 @dataclass
-class Engine:
-    """Accelerate, prepared. `module` returns a micro-batch's summed loss; `optimizer` steps inside the last
-    micro_step.
-    """
+class Engine(Prepared):
+    """Accelerate, prepared. `kind` is the module with what is special about this engine (kinds.py)."""
 
-    accelerator: Accelerator
-    strategy: Strategy
-    max_grad_norm: float
-    module: nn.Module = field(init=False, repr=False)
-    optimizer: torch.optim.Optimizer = field(init=False, repr=False)
+    kind: ModuleType = field(repr=False)
     meter: Meter = field(default_factory=Meter, repr=False)
     last_grad_norm: float = field(init=False, default=math.nan)
     applied: bool = field(init=False, default=False)
@@ -64,24 +56,20 @@ class Engine:
         return self.strategy.mixed_precision == "fp16"
 
     def size_buffers(self, weights: Weights) -> None:
-        """Cut the engine's buffers to these parameters; again changes nothing. Under ZeRO-3 with NVMe, call it before
+        """Size the engine's buffers for these parameters; again changes nothing. Under ZeRO-3 with NVMe, call it before
         they are read.
         """
-        if self.strategy.engine == "deepspeed":
-            ds.size_buffers(self.accelerator.state.deepspeed_plugin, weights, self.strategy)
+        self.kind.size_buffers(self, weights)
 
     def configuration(self) -> dict | None:
         """DeepSpeed's effective configuration; None under another engine. After `prepare`."""
-        return (
-            ds.effective_configuration(self.accelerator.deepspeed_engine_wrapped.engine)
-            if self.strategy.engine == "deepspeed"
-            else None
-        )
+        return self.kind.configuration(self)
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap the summed-loss module and its optimizer for this engine."""
         self.size_buffers(weights_of(module))
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.meter.module, self.meter.optimizer = self.module, self.optimizer
 
     def set_lr(self, learning_rate: float) -> None:
         """Learning rate of the next optimizer step. Before the window's backward: DeepSpeed steps inside the last
@@ -96,16 +84,17 @@ class Engine:
         Returns the micro-batch's summed loss, detached. `denominator` is the window's, over all ranks.
         """
         self.accelerator.sync_gradients = last
-        with self.meter.micro_step(batch, last, self.module, self.optimizer):
-            with self._reduce_only_when(last):
+        with self.meter.micro_step(batch, last):
+            # gradients are reduced over the ranks in the window's last micro-batch alone
+            with contextlib.nullcontext() if last else self.kind.without_reduction(self):
                 summed_loss = self.module(self._to_device(batch))
-                self.meter.point("forward", self.module, self.optimizer)
+                self.meter.point("forward")
                 steps = self.accelerator.gradient_accumulation_steps
                 self.accelerator.backward(summed_loss * (self.ranks * steps / denominator))
-                self.meter.point("backward", self.module, self.optimizer)
+                self.meter.point("backward")
             if last:
-                self._end_window()
-                self.meter.point("step", self.module, self.optimizer)
+                self.last_grad_norm, self.applied = self.kind.end_window(self)
+                self.meter.point("step")
         return summed_loss.detach()
 
     def watch_gradients(self, denominator: float) -> GradientWatch:
@@ -114,51 +103,8 @@ class Engine:
         """
         # before the backward it is times N x G / D, and Accelerate or DeepSpeed divides by G; then fp16's scaler
         # multiplies
-        factor = self.ranks / denominator * self._loss_scale()
+        factor = self.ranks / denominator * self.kind.loss_scale(self)
         return GradientWatch(self.module.parameters(), self.device, factor)
-
-    def _loss_scale(self) -> float:
-        if not self.scales_loss:
-            return 1.0
-        if self.strategy.engine == "deepspeed":
-            return float(self.accelerator.deepspeed_engine_wrapped.engine.optimizer.loss_scale)
-        return float(self.accelerator.scaler.get_scale())
-
-    def _reduce_only_when(self, last: bool) -> contextlib.AbstractContextManager:
-        # ZeRO-2 and 3 refuse no_sync; under DeepSpeed the boundary flag (sync_gradients) says the same.
-        if last or self.strategy.engine == "deepspeed":
-            return contextlib.nullcontext()
-        return self.accelerator.no_sync(self.module)
-
-    def _end_window(self) -> None:
-        if self.strategy.engine == "deepspeed":
-            # accelerate's wrapper has clipped and stepped inside the backward
-            wrapped = self.accelerator.deepspeed_engine_wrapped
-            self.last_grad_norm = float(wrapped.get_global_grad_norm())
-            self.applied = bool(wrapped.engine.was_step_applied())
-            if not self.applied:
-                ds_parameters.drop_gradients(wrapped.engine.optimizer)
-            return
-        self.last_grad_norm = self._clip(self.max_grad_norm)
-        if self.accelerator.scaler is None and not math.isfinite(self.last_grad_norm):
-            self.applied = False
-        else:
-            self.optimizer.step()
-            self.applied = not self.accelerator.optimizer_step_was_skipped
-        self._clear_gradients()
-
-    def _clear_gradients(self) -> None:
-        # DDP's buckets are there all the time, and gradients that were taken away would be added up beside them: a
-        # second copy
-        self.optimizer.zero_grad(set_to_none=self.strategy.engine != "ddp")
-
-    def _clip(self, limit: float) -> float:
-        parameters = list(self.module.parameters())
-        return float(
-            self.accelerator.clip_grad_norm_(parameters, limit or math.inf)
-            if self.device.type != "cpu"
-            else clip_on_cpu(parameters, limit)
-        )
 
     def grad_norm(self) -> float:
         """L2 norm of the last window's gradient over all parameters and ranks, before clipping."""
@@ -192,7 +138,7 @@ class Engine:
         """The value of every rank, in their order. A collective."""
         return gather_object([value])
 
-    def broadcast_object(self, value: object) -> object:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value. A collective."""
         return broadcast_object_list([value])[0]
 
@@ -201,11 +147,7 @@ class Engine:
 
         DDP rebuilds its buckets after the first backward, and with them the order in which ranks are added up: without
         this, a resumed run would differ from an unbroken one in the last bits of its first window."""
-        if self.strategy.engine == "ddp":
-            # the second leaves the gradients in the rebuilt buckets, or a resumed window would have them twice
-            for _ in range(2):
-                (self.module(self._to_device(batch)) * 0.0).backward()
-            self._clear_gradients()
+        self.kind.warm_up_buckets(self, self._to_device(batch))
 
     def gather_state(self, only_trained: bool = False) -> dict[str, Tensor]:
         """Whole parameters and buffers by name (without the wrapper's prefix), on the CPU of rank 0; {} elsewhere.
@@ -218,10 +160,7 @@ class Engine:
         for name, parameter in inner.named_parameters():
             if only_trained and not parameter.requires_grad:
                 continue
-            if self.strategy.engine == "deepspeed":
-                value = ds_parameters.full_parameter(parameter, keep)
-            else:
-                value = parameter.detach().to("cpu", copy=True) if keep else None
+            value = self.kind.full_parameter(parameter, keep)
             if keep:
                 state[name] = value
         if keep and not only_trained:
@@ -229,9 +168,35 @@ class Engine:
             state.update({n: b.detach().cpu() for n, b in inner.named_buffers() if n in persistent})
         return state
 
-    def inner_model(self) -> nn.Module:
-        """The Hugging Face (or peft) model inside the wrappers."""
-        return self.accelerator.unwrap_model(self.module).model
+    def save_state(self, folder: Path) -> list[str]:
+        """Write this rank's part of the state (trained weights, optimizer, loss scale) into `folder`, between two
+        windows; returns the names of its files. A collective. Raises OSError.
+        """
+        return self.kind.save(self, folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Read what `save_state` wrote under the same strategy, or what `convert_state` made of it; before the first
+        window. `folder` has been verified. A collective.
+
+        Raises UserError where a file does not hold what its name says, which only a forged manifest lets through.
+        """
+        with readable(folder):
+            self.kind.load(self, folder)
+
+    def on_rank_0(self, act: Callable[[], object]) -> str:
+        """Do it on rank 0; what went wrong there, on every rank. A collective. Raises UserError where rank 0 does."""
+        problem: str | UserError = ""
+        if self.rank == 0:
+            try:
+                act()
+            except OSError as error:
+                problem = str(error)
+            except UserError as error:  # the ranks do not see one disk: trying again changes nothing
+                problem = error
+        problem = self.broadcast_object(problem)
+        if isinstance(problem, UserError):
+            raise problem
+        return problem
 
     def wait(self) -> None:
         """Barrier over all ranks."""
@@ -239,10 +204,10 @@ class Engine:
 
     def release(self) -> None:
         """Forget module and optimizer, so that another engine can start in this process and its process group."""
-        if self.strategy.engine == "deepspeed":
-            ds.destroy(self.accelerator)
+        self.kind.release(self)
         self.accelerator.free_memory()
         del self.module, self.optimizer
+        self.meter.module = self.meter.optimizer = None
         AcceleratorState._reset_state()
         GradientState._reset_state()
 

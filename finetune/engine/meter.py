@@ -24,20 +24,22 @@ class Meter:
 
     enabled: bool = False
     points: dict[str, dict[str, int]] = field(default_factory=dict)
+    module: nn.Module | None = field(default=None, repr=False)  # what is measured, as soon as it is there
+    optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
     largest: tuple[int, int] = (0, 0)  # rows, tokens of the largest micro-batch so far
     _tracker: StorageTracker | None = field(default=None, repr=False)
     _windows: int = field(default=0, repr=False)  # that have ended
     _first: bool = field(default=True, repr=False)  # whether the next micro-batch begins one
     _seen: dict[tuple[bool, bool, bool], int] = field(default_factory=dict, repr=False)
 
-    def point(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def point(self, name: str) -> None:
         """Write down what is held at this point of the run, the first time."""
-        if not self.enabled or name in self.points:
+        if not self.enabled or name in self.points or self.module is None:
             return
         device = has_accelerator()
         if self._tracker is not None:
-            self._tracker.hold([*module.parameters(), *module.buffers()], "held")
-        self.points[name] = holdings(module.parameters(), optimizer, device) | {
+            self._tracker.hold([*self.module.parameters(), *self.module.buffers()], "held")
+        self.points[name] = holdings(self.module.parameters(), self.optimizer, device) | {
             "device_bytes": int(torch.accelerator.memory_allocated()) if device else 0,
             "host_bytes": host_bytes(),
             **({"tracked_bytes": self._tracker.live_bytes} if self._tracker else {}),
@@ -52,11 +54,9 @@ class Meter:
             yield
 
     @contextlib.contextmanager
-    def micro_step(
-        self, batch: Mapping[str, Tensor], last: bool, module: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> Iterator[None]:
+    def micro_step(self, batch: Mapping[str, Tensor], last: bool) -> Iterator[None]:
         """Around forward and backward of a micro-batch, and the step after the `last` one of its window."""
-        if not self.enabled:
+        if not self.enabled or self.module is None or self.optimizer is None:
             yield
             return
         rows, tokens = batch["input_ids"].shape
@@ -71,11 +71,11 @@ class Meter:
             yield
             return
         self._seen[place] = size
-        parameters = list(module.parameters())
+        parameters = list(self.module.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._tracker.forget(batch.values())
         self._tracker.hold(
-            [*parameters, *module.buffers(), *gradients, *held_by_optimizer(parameters, optimizer)], "held"
+            [*parameters, *self.module.buffers(), *gradients, *held_by_optimizer(parameters, self.optimizer)], "held"
         )
         with self._tracker:
             yield

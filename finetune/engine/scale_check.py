@@ -19,7 +19,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from finetune.engine.engine import Engine
-from finetune.engine.start import EngineSettings, start_engine
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
 from finetune.report.text import count

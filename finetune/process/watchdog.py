@@ -30,6 +30,8 @@ _WAITING = (
     "/deepspeed/runtime/",
     "/accelerate/utils/operations.py",
     "/finetune/engine/engine.py",
+    "/finetune/engine/native.py",
+    "/finetune/engine/deepspeed/",
 )
 
 SLOW_FACTOR = 10  # for saves and the export of a large model, during which there is no heartbeat

@@ -31,7 +31,8 @@ from finetune.engine.devices import has_accelerator
 from finetune.engine.engine import Engine
 from finetune.engine.optimizer import make_optimizer, optimizer_name
 from finetune.engine.scale_check import check_scale, start_probe_engine
-from finetune.engine.start import EngineSettings, start_engine
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
 from finetune.errors import UserError, reason
 from finetune.launch import preflight
 from finetune.launch.strategy import Strategy
@@ -261,12 +262,13 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
     engine.meter.enabled = measure
     with engine.meter.assembling():
         network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
-        engine.meter.point("load", network)
+        engine.meter.module = network
+        engine.meter.point("load")
         trained, parameters = model.parameter_counts(network, parameter_elements)
         optimizer = make_optimizer(network, plan.loaded.recipe.training, plan.strategy)
         name = optimizer_name(optimizer)
         engine.prepare(SummedLoss(network), optimizer)
-        engine.meter.point("prepare", engine.module, engine.optimizer)
+        engine.meter.point("prepare")
     return Job(plan, engine, {"parameters": parameters, "trained_parameters": trained, "optimizer": name}, scale_check)
 
 

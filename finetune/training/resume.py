@@ -54,7 +54,7 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
     root = output_dir / CHECKPOINTS
     found = checkpoint.choose(job.engine, root, console.say)
     if found is None:
-        checkpoint.on_rank_0(job.engine, lambda: _refuse_what_is_there(loaded, output_dir))
+        job.engine.on_rank_0(lambda: _refuse_what_is_there(loaded, output_dir))
         return Progress()
     # a fact of checkpoints from before shards could be converted
     allowed = [*loaded.recipe.checkpoint.allow_changed, "ranks of the shards"]

@@ -72,7 +72,6 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     from finetune.engine.libraries import prepare_libraries
 
     prepare_libraries(strategy.use_cpu, loaded.recipe.training.deterministic)
-    from finetune.checkpoint.checkpoint import on_rank_0
     from finetune.training import forecast as account
     from finetune.training.job import assemble  # torch is imported here: a wrong recipe has been answered by now
     from finetune.training.out_of_memory import explained
@@ -87,7 +86,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     _describe(console, job, output_dir, expectation)
     for line in advice(loaded, plan.batch, plan.max_grad_norm):
         console.say(line)
-    on_rank_0(job.engine, lambda: _claim(output_dir, console))
+    job.engine.on_rank_0(lambda: _claim(output_dir, console))
     facts = facts_of(job)
     progress = begin(job, console, output_dir, facts)
     document = _document(job) | {"resumed_from_step": progress.position.step or None, "memory": {"predicted": expected}}

@@ -83,7 +83,8 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
     """(report, whether this is rank 0). `folder` is where the shrunk model goes; None verifies the real one."""
     from finetune.data.prepare import prepare
     from finetune.engine.optimizer import make_optimizer
-    from finetune.engine.start import EngineSettings, start_engine
+    from finetune.engine.settings import EngineSettings
+    from finetune.engine.start import start_engine
     from finetune.model import load as model
     from finetune.objectives.sft import SummedLoss
     from finetune.training.one_batch_reference import Reference, norm

@@ -24,7 +24,8 @@ from finetune.engine.engine import Engine
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.optimizer import make_optimizer
 from finetune.engine.scale_check import check_scale, start_probe_engine
-from finetune.engine.start import EngineSettings, start_engine
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
 from finetune.errors import Diverged, UserError
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by

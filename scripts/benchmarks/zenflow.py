@@ -25,7 +25,8 @@ from torch import Tensor
 from finetune.data.collate import collate
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.optimizer import make_optimizer
-from finetune.engine.start import EngineSettings, start_engine
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model

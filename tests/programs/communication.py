@@ -11,7 +11,8 @@ import torch
 
 from finetune.data.collate import collate
 from finetune.engine.optimizer import make_optimizer
-from finetune.engine.start import EngineSettings, start_engine
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
 from finetune.model import load as model
 from finetune.model.parameters import parameter_elements
 from finetune.objectives.sft import SummedLoss, trained_tokens

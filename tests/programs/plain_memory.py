@@ -15,8 +15,8 @@ import torch
 
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.optimizer import make_optimizer
-from finetune.engine.start import EngineSettings, start_engine
-from finetune.engine.state import save_state
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
@@ -46,7 +46,7 @@ def main() -> None:
                     accumulating = tracker.live_bytes
         resting = tracker.live_bytes
         tracker.enter("checkpoint")
-        save_state(engine, Path(out).parent)
+        engine.save_state(Path(out).parent)
         tracker.enter("export")
         state = engine.gather_state(only_trained=loaded.recipe.lora is not None)
         del state

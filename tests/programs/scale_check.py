@@ -15,7 +15,7 @@ import torch
 from finetune.engine.engine import Engine
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.scale_check import check_scale, start_probe_engine
-from finetune.engine.start import EngineSettings
+from finetune.engine.settings import EngineSettings
 from finetune.errors import UserError
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by

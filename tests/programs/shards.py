@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from finetune.engine.libraries import prepare_libraries
-from finetune.engine.start import EngineSettings, start_engine
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
 from finetune.model import load as model

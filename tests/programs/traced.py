@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from finetune.engine.optimizer import make_optimizer
-from finetune.engine.start import EngineSettings, start_engine
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.strategy import one_process
 from finetune.memory.trace import Numbers, Shape, profile

@@ -21,7 +21,8 @@ import torch
 from finetune.engine.deepspeed.buffers import fill_in, filled_in
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.optimizer import make_optimizer
-from finetune.engine.start import EngineSettings, start_engine
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.environment import from_environment
 from finetune.launch.strategy import Strategy

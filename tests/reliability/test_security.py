@@ -23,8 +23,8 @@ from finetune.checkpoint.export import export_checkpoint
 from finetune.checkpoint.identity import differences
 from finetune.commands.cli import app
 from finetune.engine.optimizer import make_optimizer
-from finetune.engine.start import EngineSettings, start_engine
-from finetune.engine.state import load_state
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
 from finetune.errors import UserError
 from finetune.launch.strategy import one_process
 from finetune.model import load as model
@@ -135,13 +135,13 @@ def test_a_bomb_in_a_plain_checkpoint_is_no_pickle_to_us_even_if_the_manifest_is
     name, engine, saved_runs, tmp_path, canary
 ):
     step = Path(shutil.copytree(saved_runs["plain"] / "checkpoints/step-4", tmp_path / "step-4"))
-    load_state(engine, step)  # it can be read
+    engine.load_state(step)  # it can be read
     for content in bombs(canary).values():
         (step / name).write_bytes(content)
         seal_again(step)
         assert manifest.verify(step) == []
-        with pytest.raises(UserError, match="step-4: a file of it is no state of a run"):
-            load_state(engine, step)
+        with pytest.raises(UserError, match="step-4: unreadable checkpoint file"):
+            engine.load_state(step)
 
 
 def test_a_bomb_in_state_json_is_named(saved_runs, tmp_path, canary):
@@ -161,7 +161,7 @@ def test_a_bomb_in_deepspeeds_shards_does_not_go_off_even_if_the_manifest_is_for
         for kind in ("torch", "old torch", "pickle"):
             shard.write_bytes(bombs(canary)[kind])
             seal_again(step)
-            with pytest.raises(UserError, match="step-4: a file of it is no state of a run"):
+            with pytest.raises(UserError, match="step-4: unreadable checkpoint file"):
                 export_checkpoint(str(work), "4", tmp_path / "out")
         shard.write_bytes(before)
     (step / "deepspeed/mp_rank_00_model_states.pt").write_bytes(bombs(canary)["torch"])
@@ -169,7 +169,7 @@ def test_a_bomb_in_deepspeeds_shards_does_not_go_off_even_if_the_manifest_is_for
     file = launch_file(tmp_path / "launch.yaml", ranks=2, zero_stage=2)
     (work / "run.json").unlink()  # it was done
     done = train(file, saved_runs.recipe, *COMMON, f"output_dir={work}", env=saved_runs.cache)
-    assert done.returncode != 0 and "step-4: a file of it is no state of a run" in done.stderr, done.stderr[-3000:]
+    assert done.returncode != 0 and "step-4: unreadable checkpoint file" in done.stderr, done.stderr[-3000:]
 
 
 def test_a_base_model_that_is_a_pickle_is_read_as_tensors_or_not_at_all(tmp_path, canary):

@@ -11,16 +11,24 @@ import argparse
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from finetune.engine.settings import Prepared
 from finetune.launch.strategy import Strategy
 
 # on the disk together at most: fragments of all shards, the whole tensors made of them, one rank's shard
 BYTES_FACTOR = 3
+SHARDS = "deepspeed"  # the folder of the shards in a checkpoint
+# what reading forged shards raises: DeepSpeed does not check what it reads
+SHARD_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError)
+_UNIVERSAL = "zero"  # a folder that DeepSpeed makes in universal checkpoints only
+_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
 
 
 def not_convertible(strategy: Strategy, optim: str) -> str:
@@ -69,29 +77,77 @@ def only_known_pickles() -> Iterator[None]:
             os.environ[name] = before
 
 
-def read_shards(folder: Path, tag: str) -> dict[str, Tensor]:
-    """Trained parameters in folder/tag, whole and float32, by their names in the engine's module. Needs no process
-    group.
-    """
+def save(prepared: Prepared, folder: Path) -> list[str]:
+    """Write this rank's shards into `folder`; returns the names of its files. A collective. Raises OSError."""
+    engine: Any = prepared.module
+    errors: list[OSError] = []
+    writer = engine.checkpoint_engine
+    write = writer.save
+
+    def save_or_keep_the_error(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk
+            # the other ranks wait for this one at DeepSpeed's next barrier: go on, complain afterwards
+            errors.append(error if isinstance(error, OSError) else OSError(f"{path}: {error}"))
+
+    writer.save = save_or_keep_the_error
+    # its conversion scripts are no state, and a full disk would stop rank 0 before the others' barrier
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
+    finally:
+        writer.save = write
+        del engine._copy_recovery_script
+    if errors:
+        raise errors[0]
+    names = sorted(str(path.relative_to(folder)) for path in (folder / SHARDS).rglob("*") if path.is_file())
+    owner = {name: int(found[1]) if (found := _OF_RANK.search(name)) else 0 for name in names}
+    return [name for name in names if owner[name] == prepared.accelerator.process_index]
+
+
+def load(prepared: Prepared, folder: Path) -> None:
+    """Read what `save` wrote on as many ranks, or what `convert` made of it. A collective."""
+    engine: Any = prepared.module
+    optimizer: Any = prepared.optimizer
+    # DeepSpeed brings the groups' settings back with the state, under ZeRO-3 from a universal checkpoint those of the
+    # first group for all, and its clipping; the recipe's stand, also where a change was allowed
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    engine._config.load_universal_checkpoint = (folder / SHARDS / _UNIVERSAL).is_dir()
+    with only_known_pickles(), inside(folder):
+        found, _ = engine.load_checkpoint(".", tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False)
+    assert found is not None, f"DeepSpeed read nothing from {folder}"
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    optimizer.optimizer.clip_grad = prepared.max_grad_norm
+
+
+def read_trained(folder: Path) -> dict[str, Tensor]:
+    """The trained parameters that `save` wrote, whole and float32, by their names in the model. No process group.
+
+    Raises one of SHARD_ERRORS where the shards do not hold what DeepSpeed expects of them."""
     quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
     with only_known_pickles(), inside(folder), quiet[0], quiet[1]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        return dict(get_fp32_state_dict_from_zero_checkpoint(".", tag, exclude_frozen_parameters=True))
+        tensors = get_fp32_state_dict_from_zero_checkpoint(".", SHARDS, exclude_frozen_parameters=True)
+        prefix = "model."  # of the summed-loss module that holds the model
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def convert(shards: Path, target: Path) -> None:
-    """Write the shards in the folder `shards`, whose hashes were compared before, as a universal checkpoint into the
-    folder `target`.
+def convert(folder: Path, target: Path) -> None:
+    """Write the shards in `folder`, whose hashes were compared before, as a universal checkpoint into the folder
+    `target`.
 
-    In this process, one rank's shards in memory at a time. `shards` is only read. Raises OSError.
+    In this process, one rank's shards in memory at a time. `folder` is only read. Raises OSError.
     """
     from deepspeed.checkpoint import ds_to_universal
 
-    with only_known_pickles(), inside(target.parent):
+    source = os.path.relpath((folder / SHARDS).resolve(), target.resolve())
+    with only_known_pickles(), inside(target):
         arguments = argparse.Namespace(
-            input_folder=os.path.relpath(shards.resolve(), target.parent.resolve()),
-            output_folder=target.name,
+            input_folder=source,
+            output_folder=SHARDS,
             inject_missing_state=True,
             keep_temp_folder=False,
             strict=True,
@@ -101,7 +157,7 @@ def convert(shards: Path, target: Path) -> None:
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 ds_to_universal.main(arguments)
-            _drop_shard(Path(target.name, "zero", "optimizer_state.pt"))
+            _drop_shard(Path(SHARDS, _UNIVERSAL, "optimizer_state.pt"))
         except RuntimeError as error:  # torch.save says RuntimeError for a full disk
             raise OSError(f"{target}: {error}") from error
 

@@ -9,17 +9,17 @@ from typing import Any
 
 from finetune.engine.deepspeed.buffers import derive_settings, fill_in
 from finetune.engine.deepspeed.compile import announce_compiles, check_compile_locks
+from finetune.engine.settings import EngineSettings
 from finetune.launch.strategy import Strategy
 from finetune.model.parameters import Weights
 
 
-def make_plugin(
-    strategy: Strategy, accumulation_steps: int, per_device_rows: int, max_grad_norm: float, say: Callable[[str], None]
-) -> Any:
+def make_plugin(settings: EngineSettings, accumulation_steps: int, say: Callable[[str], None]) -> Any:
     """accelerate's DeepSpeedPlugin from the launch environment, with the recipe's knobs written in.
 
     The knobs must be in before `prepare`: accelerate reads "auto" clipping as 1.0 and takes the micro-batch size from a
     data loader that we do not prepare."""
+    strategy = settings.strategy
     check_compile_locks()
     announce_compiles(strategy, say)
     from accelerate import DeepSpeedPlugin
@@ -27,9 +27,9 @@ def make_plugin(
     plugin = DeepSpeedPlugin()
     plugin.gradient_accumulation_steps = accumulation_steps
     config = plugin.deepspeed_config
-    config["train_micro_batch_size_per_gpu"] = per_device_rows
+    config["train_micro_batch_size_per_gpu"] = settings.per_device_rows
     config["gradient_accumulation_steps"] = accumulation_steps
-    config["gradient_clipping"] = float(max_grad_norm)
+    config["gradient_clipping"] = float(settings.max_grad_norm)
     config["zero_force_ds_cpu_optimizer"] = False  # the optimizer is ours to choose (engine/optimizer.py), SGD included
     config["zero_allow_untested_optimizer"] = True
     for key, target in (("offload_optimizer", strategy.offload_optimizer), ("offload_param", strategy.offload_param)):
