@@ -106,7 +106,7 @@ def _load_converted(engine: Engine, snapshot: Snapshot) -> None:
             )
         _all_see(engine, folder, f"Put output_dir on a shared disk, or go on with {then} ranks.", PATIENCE_SECONDS)
         engine.load_state(folder)
-        engine.wait()  # nobody reads any more
+        engine.barrier()  # nobody reads any more
     finally:
         if engine.rank == 0:
             snapshots.abandon(root, snapshot.step)

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from finetune.engine.gradient_norms import GradientWatch
+from finetune.engine.gradient_norms import MicroBatchGradNorms
 from finetune.engine.meter import Meter
 from finetune.engine.settings import Prepared
 from finetune.engine.state import readable
@@ -97,21 +97,21 @@ class Engine(Prepared):
                 self.meter.point("step")
         return summed_loss.detach()
 
-    def watch_gradients(self, denominator: float) -> GradientWatch:
+    def track_gradient_norms(self, denominator: float) -> MicroBatchGradNorms:
         """Watch the gradients of one window's micro-batches, each by itself. Call before the window; close it
         afterwards.
         """
         # before the backward it is times N x G / D, and Accelerate or DeepSpeed divides by G; then fp16's scaler
         # multiplies
         factor = self.ranks / denominator * self.kind.loss_scale(self)
-        return GradientWatch(self.module.parameters(), self.device, factor)
+        return MicroBatchGradNorms(self.module.parameters(), self.device, factor)
 
     def grad_norm(self) -> float:
         """L2 norm of the last window's gradient over all parameters and ranks, before clipping."""
         return self.last_grad_norm
 
     @torch.no_grad()
-    def summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def evaluate_batch(self, batch: dict[str, Tensor]) -> Tensor:
         """Summed loss of one micro-batch without gradients. Every rank must call it equally often (ZeRO-3 gathers)."""
         return self.module(self._to_device(batch)).detach()
 
@@ -124,7 +124,7 @@ class Engine(Prepared):
         finally:
             self.module.train()
 
-    def total(self, *values: float | Tensor) -> list[float]:
+    def all_reduce_sum(self, *values: float | Tensor) -> list[float]:
         """Sums over all ranks, one collective for all values."""
         local = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device) for v in values])
         return self.accelerator.reduce(local, reduction="sum").tolist()
@@ -142,14 +142,14 @@ class Engine(Prepared):
         """Rank 0's value. A collective."""
         return broadcast_object_list([value])[0]
 
-    def settle_buckets(self, batch: dict[str, Tensor]) -> None:
+    def warm_up_ddp_buckets(self, batch: dict[str, Tensor]) -> None:
         """One backward of zero before the first window. A collective.
 
         DDP rebuilds its buckets after the first backward, and with them the order in which ranks are added up: without
         this, a resumed run would differ from an unbroken one in the last bits of its first window."""
         self.kind.warm_up_buckets(self, self._to_device(batch))
 
-    def gather_state(self, only_trained: bool = False) -> dict[str, Tensor]:
+    def full_state_dict(self, only_trained: bool = False) -> dict[str, Tensor]:
         """Whole parameters and buffers by name (without the wrapper's prefix), on the CPU of rank 0; {} elsewhere.
 
         A collective. Under DeepSpeed trained parameters come as their float32 masters. One parameter at a time is
@@ -198,7 +198,7 @@ class Engine(Prepared):
             raise problem
         return problem
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Barrier over all ranks."""
         self.accelerator.wait_for_everyone()
 

@@ -1,6 +1,4 @@
-"""Squared norms of single micro-batches' gradients: what the engine adds up, averages and shards afterwards is seen
-before it does.
-"""
+"""Squared norms of single micro-batches' gradients, taken before the engine adds them up, averages and shards them."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class GradientWatch:
+class MicroBatchGradNorms:
     """Tensor hooks on the trained parameters of a prepared module for the length of one window.
 
     A hook gets a micro-batch's whole gradient of its parameter, before DDP reduces or ZeRO partitions it. Sums stay on

@@ -1,4 +1,4 @@
-"""Out of memory: which errors say so, and what this process holds, by actual tensors."""
+"""Out of memory: which errors say so, and what this process's memory is used for, by actual tensors."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def of_the_device(error: BaseException) -> bool:
     return has_accelerator() and not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error)
 
 
-def holdings(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer | None, device: bool) -> dict[str, int]:
-    """Bytes of parameters, gradients, optimizer states and everything else in the device's memory, or the host's.
+def memory_by_category(
+    parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer | None, device: bool
+) -> dict[str, int]:
+    """Bytes of parameters, gradients, optimizer states and all other things in the device's memory, or the host's.
 
     Under DeepSpeed the float32 copies that the optimizer updates count as its states, and its gradient buffers as the
     rest."""
@@ -47,7 +49,7 @@ def holdings(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer | No
         for name, tensors in (("parameters", parameters), ("gradients", gradients), ("optimizer states", states))
     }
     used = torch.accelerator.memory_allocated() if device else host_bytes()
-    return found | {"everything else": max(0, int(used) - sum(found.values()))}
+    return found | {"other": max(0, int(used) - sum(found.values()))}
 
 
 def held_by_optimizer(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.engine.devices import device_peak_bytes, has_accelerator, host_bytes, host_peak_bytes
-from finetune.engine.memory_use import held_by_optimizer, holdings
+from finetune.engine.memory_use import held_by_optimizer, memory_by_category
 from finetune.engine.storages import StorageTracker
 
 
@@ -39,7 +39,10 @@ class Meter:
         device = has_accelerator()
         if self._tracker is not None:
             self._tracker.hold([*self.module.parameters(), *self.module.buffers()], "held")
-        self.points[name] = holdings(self.module.parameters(), self.optimizer, device) | {
+        found = memory_by_category(self.module.parameters(), self.optimizer, device)
+        other = found.pop("other")
+        self.points[name] = found | {
+            "everything else": other,  # its name in run.json
             "device_bytes": int(torch.accelerator.memory_allocated()) if device else 0,
             "host_bytes": host_bytes(),
             **({"tracked_bytes": self._tracker.live_bytes} if self._tracker else {}),

@@ -171,16 +171,16 @@ def measure(engine: Engine, windows: tuple[int, ...]) -> str:
             )
         )
         wanted += [UNIT * tokens / total for row in counts for tokens in row]
-    state = engine.gather_state(only_trained=True)
+    state = engine.full_state_dict(only_trained=True)
     here = torch.stack([-state["plus"], state["minus"]]).double() if state else torch.zeros(2, len(wanted))
-    found = engine.total(*here.flatten())  # every rank judges, and all come to the same
+    found = engine.all_reduce_sum(*here.flatten())  # every rank judges, and all come to the same
     return judge(found, wanted * 2, norms, ranks, windows, TOLERANCE[engine.strategy.mixed_precision])
 
 
 def _train(engine: Engine, counts: list[list[int]], first: int, weights: int) -> float:
     """One window of the probe; returns the engine's gradient norm. `counts` are tokens by micro-batch and rank."""
     mine = [row[engine.rank] for row in counts]
-    (denominator,) = engine.total(sum(mine))
+    (denominator,) = engine.all_reduce_sum(sum(mine))
     for _ in range(20):  # fp16's loss scaler may skip a window or two, and takes its time to come down
         for k, tokens in enumerate(mine):
             features = torch.zeros(weights)

@@ -31,10 +31,10 @@ class BrokenExport(FinetuneError):
 def export_model(engine: Engine, tokenizer, dtype: str, folder: Path) -> None:
     """Gather the trained weights from every rank and write `folder` on rank 0. A collective. Raises BrokenExport."""
     model = engine.inner_model()
-    state = engine.gather_state(only_trained=hasattr(model, "peft_config"))
+    state = engine.full_state_dict(only_trained=hasattr(model, "peft_config"))
     if engine.rank == 0:
         write_model(state, model, tokenizer, folder, dtype)
-    engine.wait()
+    engine.barrier()
 
 
 def write_model(

@@ -87,7 +87,7 @@ def follow(
                 console.say(f"asked to save: {'see the warning' if problem else f'step {step} is in {root}'}")
     console.end_bar()
     progress = _evaluated(job, files, console, dataclasses.replace(progress, seconds=time.time() - started))
-    if job.engine.total(wishes().stop)[0]:
+    if job.engine.all_reduce_sum(wishes().stop)[0]:
         raise StopRequested(_stopped(progress.position.step, "is the last; the model is still to be written"))
     return progress
 

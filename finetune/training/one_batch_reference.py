@@ -73,8 +73,8 @@ class Reference:
 
 def accumulate(engine: Engine, batches: Sequence[dict[str, Tensor]]) -> float:
     """One window of this rank's micro-batches through the engine; its mean loss per trained token over all ranks."""
-    (tokens,) = engine.total(sum(map(trained_tokens, batches)))
+    (tokens,) = engine.all_reduce_sum(sum(map(trained_tokens, batches)))
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     for k, batch in enumerate(batches):
         loss += engine.micro_step(batch, tokens, last=k == len(batches) - 1)
-    return engine.total(loss)[0] / tokens
+    return engine.all_reduce_sum(loss)[0] / tokens

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from finetune.engine.devices import device_limit_bytes
 from finetune.engine.engine import Engine
-from finetune.engine.memory_use import holdings, is_out_of_memory, of_the_device, tried_bytes
+from finetune.engine.memory_use import is_out_of_memory, memory_by_category, of_the_device, tried_bytes
 from finetune.errors import OutOfMemory
 from finetune.process import heartbeat
 from finetune.process.host_memory import host_memory
@@ -34,12 +34,14 @@ def explained(plan: Plan, engine: Engine | None = None) -> Iterator[None]:
 def _message(plan: Plan, engine: Engine | None, error: BaseException) -> str:
     device = of_the_device(error)
     running = engine is not None and hasattr(engine, "optimizer")
-    held = holdings(engine.module.parameters() if running else (), engine.optimizer if running else None, device)
+    held = memory_by_category(
+        engine.module.parameters() if running else (), engine.optimizer if running else None, device
+    )
     tried = f" allocating {human_bytes(tried_bytes(error))}" if tried_bytes(error) else ""
     limit = device_limit_bytes() if device else host_memory().limit_bytes
     place = str(heartbeat.here()) if heartbeat.here().words else f"{heartbeat.here()}, loading the model"
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in held.items())
-    fixed = sum(held.values()) - held["everything else"]
+    fixed = sum(held.values()) - held["other"]
     return (
         f"{place}: out of {'device' if device else 'host'} memory{tried}. This process holds {parts}; there is"
         f" {human_bytes(limit) if device else host_memory()}. {_change(plan, fixed > MOSTLY * limit or engine is None)}"

@@ -49,7 +49,7 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
     if loaded.recipe.checkpoint.resume == "never":
         if job.engine.rank == 0:
             _move_away(output_dir, console)
-        job.engine.wait()
+        job.engine.barrier()
         return Progress()
     root = output_dir / CHECKPOINTS
     found = checkpoint.choose(job.engine, root, console.say)
@@ -73,7 +73,7 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
     progress = checkpoint.load(job.engine, found)
     if job.engine.rank == 0:
         snapshots.set_aside(root, found.step)
-    job.engine.wait()
+    job.engine.barrier()
     ranks = (
         ""
         if found.facts["ranks"] == job.engine.ranks

@@ -97,7 +97,7 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     )
     summary, memory = _to_the_end(job, files, console, facts, progress, expected, trackers)
     files.update(status="done", exit_code=0, summary=summary, memory=memory)
-    job.engine.wait()
+    job.engine.barrier()
     _summarise(console, summary, output_dir, account.comparison_lines(memory))
     trackers.finish()  # last: it may wait for somebody's service
     job.engine.close()

@@ -14,7 +14,7 @@ from finetune.batching import noise_scale
 from finetune.batching.layout import split_into_micro_batches
 from finetune.batching.noise_scale import NoiseState
 from finetune.batching.windows import Position, Window
-from finetune.engine.gradient_norms import GradientWatch
+from finetune.engine.gradient_norms import MicroBatchGradNorms
 from finetune.errors import Diverged
 from finetune.objectives.sft import trained_tokens
 from finetune.process.heartbeat import at, row_numbers
@@ -57,7 +57,7 @@ def train(job: Job, position: Position = Position(), wishes: Callable[[], Wishes
 
     Raises Diverged after a few windows in a row that are not finite; each is skipped on every rank.
     """
-    job.engine.settle_buckets(job.collate(job.train_rows, ()))
+    job.engine.warm_up_ddp_buckets(job.collate(job.train_rows, ()))
     while not job.schedule.finished(position.step, position.applied_rows) and (window := job.next_window(position)):
         result = train_window(job, window, position, wishes)
         position = result.position
@@ -73,12 +73,12 @@ def train_window(job: Job, window: Window, position: Position, wishes: Callable[
     engine = job.engine
     micro_batches = job.micro_batches(window)  # this rank's share; the same number on every rank
     learning_rate = job.schedule.learning_rate(position.step, position.applied_rows, position.noise.doublings)
-    tokens, input_tokens = engine.total(
+    tokens, input_tokens = engine.all_reduce_sum(
         sum(trained_tokens(batch) for batch in micro_batches),
         sum(int(batch["attention_mask"].sum()) for batch in micro_batches if trained_tokens(batch)),
     )
     engine.set_lr(learning_rate)
-    watch = engine.watch_gradients(tokens) if job.measures_noise(window) else None
+    watch = engine.track_gradient_norms(tokens) if job.measures_noise(window) else None
     summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     for k, (rows, micro_batch) in enumerate(zip(job.share(window), micro_batches, strict=True)):
         at(
@@ -92,7 +92,7 @@ def train_window(job: Job, window: Window, position: Position, wishes: Callable[
             watch.end_micro_batch(trained_tokens(micro_batch))
     noise = _measure_noise(job, position, watch, tokens, len(window.rows)) if watch else position.noise
     asked = wishes()
-    loss, stops, saves = engine.total(summed_loss / tokens, asked.stop, asked.save)
+    loss, stops, saves = engine.all_reduce_sum(summed_loss / tokens, asked.stop, asked.save)
     return StepResult(
         step=position.step + engine.applied,
         window=window.index + 1,
@@ -113,12 +113,12 @@ def train_window(job: Job, window: Window, position: Position, wishes: Callable[
     )
 
 
-def _measure_noise(job: Job, position: Position, watch: GradientWatch, tokens: float, rows: int) -> NoiseState:
+def _measure_noise(job: Job, position: Position, watch: MicroBatchGradNorms, tokens: float, rows: int) -> NoiseState:
     """The noise state behind a watched window, the same on every rank. A collective."""
     watch.close()
     engine = job.engine
     # the norm is summed too: a difference in its last bit would let the ranks choose different batches
-    squares, micro_batches, norm = engine.total(
+    squares, micro_batches, norm = engine.all_reduce_sum(
         watch.weighted_squares, watch.micro_batches, engine.grad_norm() / engine.ranks
     )
     seen = noise_scale.measure(squares, round(micro_batches), tokens, rows, norm) if engine.applied else None
@@ -152,9 +152,9 @@ def evaluate(job: Job) -> float:
             # padded with empty micro-batches to the same number per rank
             batch = job.collate(job.evaluation_rows, rows)
             at("evaluation", rows, batch["input_ids"].shape)
-            summed_loss += engine.summed_loss(batch)
+            summed_loss += engine.evaluate_batch(batch)
             tokens += trained_tokens(batch)
-    total_loss, total_tokens = engine.total(summed_loss, tokens)
+    total_loss, total_tokens = engine.all_reduce_sum(summed_loss, tokens)
     return total_loss / total_tokens
 
 

@@ -114,7 +114,7 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
     for module in [network, reference.network] if reference else [network]:
         _no_dropout(module)
     engine.prepare(SummedLoss(network), make_optimizer(network, small.recipe.training, strategy))
-    rate = engine.broadcast_object(STEP_SHARE * norm(engine.gather_state(only_trained=True)))
+    rate = engine.broadcast_object(STEP_SHARE * norm(engine.full_state_dict(only_trained=True)))
     engine.set_lr(rate)
     if reference is not None:
         reference.set_lr(rate)
@@ -122,8 +122,8 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
         _case(engine, reference, name, [rows[i % len(rows)] for i in range(count)], batch.per_device_rows, padding)
         for name, count in _windows(batch.per_device_rows * batch.ranks, steps)
     ]
-    passed = engine.total(0 if reference is None or all(case.passed for case in cases) else 1)[0] == 0
-    engine.wait()
+    passed = engine.all_reduce_sum(0 if reference is None or all(case.passed for case in cases) else 1)[0] == 0
+    engine.barrier()
     return _report(settled, engine, cases, facts.architecture, folder is None, passed), reference is not None
 
 
@@ -161,9 +161,9 @@ def _case(engine, reference, name: str, rows: list, per_device_rows: int, paddin
 
     share = split_into_micro_batches(range(len(rows)), engine.ranks, per_device_rows)[engine.rank]
     share += [()] * name.startswith("empty")  # also where one rank would have none
-    before = engine.gather_state(only_trained=True)
+    before = engine.full_state_dict(only_trained=True)
     accumulate(engine, [collate([rows[i] for i in part], padding) for part in share])
-    after = engine.gather_state(only_trained=True)
+    after = engine.full_state_dict(only_trained=True)
     if reference is None:
         return None
     reference.load(before)

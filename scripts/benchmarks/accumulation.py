@@ -286,7 +286,7 @@ def timed_windows(out: Path, timing: Timing) -> None:
 
 def _wait(engine) -> None:
     """Until every rank is here and its device has nothing left to do."""
-    engine.wait()
+    engine.barrier()
     if engine.device.type != "cpu":
         torch.accelerator.synchronize()
 

@@ -81,14 +81,14 @@ def accumulated(recipe_path: str, strategy, micro_step) -> dict:
     engine = start_engine(EngineSettings(strategy, K, PER_DEVICE_ROWS, 1.0))
     network = model.load_model(loaded, strategy, facts, engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
-    states, norms = [engine.gather_state(only_trained=True)], []
+    states, norms = [engine.full_state_dict(only_trained=True)], []
     Engine.micro_step = micro_step
     try:
         for part in parts:
             share = split_into_micro_batches(range(WINDOW_ROWS), engine.ranks, PER_DEVICE_ROWS)[engine.rank]
             accumulate(engine, [collate([part[i] for i in micro_batch], 0) for micro_batch in share])
             norms.append(engine.grad_norm())
-            states.append(engine.gather_state(only_trained=True))
+            states.append(engine.full_state_dict(only_trained=True))
     finally:
         Engine.micro_step = OURS
     rank = engine.rank

@@ -105,7 +105,7 @@ def run(name: str, recipe_path: str, strategy) -> dict:
     )
     engine.prepare(SummedLoss(network), optimizer)
     zero3 = strategy.zero_stage == 3
-    states, exported, norms = [] if zero3 else [live(engine)], engine.gather_state(only_trained=True), []
+    states, exported, norms = [] if zero3 else [live(engine)], engine.full_state_dict(only_trained=True), []
     rows = random_rows(np.random.default_rng(5), ROWS * micro_batches * WINDOWS, model.facts(loaded).vocabulary)
     for first in range(0, len(rows), ROWS * micro_batches):
         window = rows[first : first + ROWS * micro_batches]

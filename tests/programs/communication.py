@@ -40,7 +40,7 @@ def count_collectives(recipe_path: str, strategy) -> list[dict]:
     for k in COUNTED_K:
         for measured in (False, False, True):
             batches = [collate(random_rows(random, PER_DEVICE_ROWS, facts.vocabulary), 0) for _ in range(k)]
-            (tokens,) = engine.total(sum(map(trained_tokens, batches)))
+            (tokens,) = engine.all_reduce_sum(sum(map(trained_tokens, batches)))
             with _profile() if measured else contextlib.nullcontext() as profile:
                 for i, batch in enumerate(batches):
                     engine.micro_step(batch, tokens, last=i == k - 1)

@@ -89,15 +89,15 @@ def train(engine, windows: range) -> list[float]:
             collate([rows[i] for i in part], 0)
             for part in split_into_micro_batches(range(ROWS), engine.ranks, 2)[engine.rank]
         ]
-        (tokens,) = engine.total(sum(map(trained_tokens, batches)))
+        (tokens,) = engine.all_reduce_sum(sum(map(trained_tokens, batches)))
         loss = sum(engine.micro_step(batch, tokens, last=k == len(batches) - 1) for k, batch in enumerate(batches))
-        losses.append(engine.total(loss)[0] / tokens)
+        losses.append(engine.all_reduce_sum(loss)[0] / tokens)
     return losses
 
 
 def state_of(engine) -> dict[str, torch.Tensor]:
     """Whole float32 weights, both moments, and this rank's step of every group. A collective."""
-    state = dict(engine.gather_state(only_trained=True))
+    state = dict(engine.full_state_dict(only_trained=True))
     zero = engine.optimizer.optimizer
     # DeepSpeed links the groups after the first to their state never
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
@@ -134,7 +134,7 @@ def load_and_train(case: Case, recipe_path: str, root: Path, then: dict, forget:
     """What came back differently, and the losses of the windows after the checkpoint. `forget`: without its moments."""
     engine = started(case, recipe_path, clipping=0.5)
     found = checkpoint.choose(engine, root, print)
-    fresh = dict(engine.gather_state(only_trained=True))
+    fresh = dict(engine.full_state_dict(only_trained=True))
     settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     checkpoint.load(engine, found)
     result = {

@@ -148,15 +148,15 @@ def run_case(case: Case, recipe_path: str, strategy, seed: int) -> dict:
     network = model.load_model(loaded, strategy, facts, engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     rows = rows_of(case, facts.vocabulary, seed)
-    states, results = [engine.gather_state(only_trained=True)], []
+    states, results = [engine.full_state_dict(only_trained=True)], []
     for window, part in zip(case.windows, rows, strict=True):
         batches = micro_batches(case, engine, window, part)
-        (tokens,) = engine.total(sum(map(trained_tokens, batches)))
+        (tokens,) = engine.all_reduce_sum(sum(map(trained_tokens, batches)))
         loss = 0.0
         for k, (batch, divisor) in enumerate(zip(batches, denominators(case, engine, batches, tokens), strict=True)):
             loss += engine.micro_step(batch, divisor, last=k == len(batches) - 1)
-        (loss,) = engine.total(loss / tokens)
-        states.append(engine.gather_state(only_trained=True))
+        (loss,) = engine.all_reduce_sum(loss / tokens)
+        states.append(engine.full_state_dict(only_trained=True))
         results.append(
             {
                 "window": window.name,

@@ -38,7 +38,7 @@ def main() -> None:
         tracker.forget(batch.values())
         tracker.hold([*network.parameters(), *network.buffers()], "parameters")
         engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
-        engine.settle_buckets(batch)
+        engine.warm_up_ddp_buckets(batch)
         for _ in range(2):
             for k in range(3):
                 engine.micro_step(batch, 45, last=k == 2)
@@ -48,7 +48,7 @@ def main() -> None:
         tracker.enter("checkpoint")
         engine.save_state(Path(out).parent)
         tracker.enter("export")
-        state = engine.gather_state(only_trained=loaded.recipe.lora is not None)
+        state = engine.full_state_dict(only_trained=loaded.recipe.lora is not None)
         del state
     weights = [[n, p.numel(), p.requires_grad, p.element_size()] for n, p in network.named_parameters()]
     found = {

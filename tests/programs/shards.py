@@ -42,7 +42,7 @@ def main() -> None:
         "shards_here": sum(p.ds_tensor.numel() for p in parameters),
     }
     (Path(out) / f"{engine.rank}.json").write_text(json.dumps(found))
-    engine.wait()
+    engine.barrier()
 
 
 main()

@@ -89,7 +89,7 @@ def measure(case: dict, recipe_path: str) -> dict:
         sum(file.stat().st_size for file in Path(strategy.nvme_path).rglob("*.swp")) if strategy.nvme_path else 0
     )
     found["configuration"] = engine.configuration()
-    state = engine.gather_state(only_trained=True)
+    state = engine.full_state_dict(only_trained=True)
     if state:
         found["difference"] = relative(state, references.setdefault((case["precision"], case["kind"]), state))
     engine.release()

@@ -163,7 +163,7 @@ def test_out_of_memory_is_one_message_with_the_smallest_change(small, tmp_path):
         r" allocating \d.* [KM]iB\.",
         last,
     )
-    assert re.search(r"holds parameters 128\.6 KiB, gradients \d.*, optimizer states 0 B, everything else \d", last)
+    assert re.search(r"holds parameters 128\.6 KiB, gradients \d.*, optimizer states 0 B, other \d", last)
     assert last.endswith(
         "Set training.per_device_train_batch_size to 32: 32 rows x K=2 x 1 rank = 64 rows per step as before, the same"
         " update."

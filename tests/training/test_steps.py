@@ -51,9 +51,9 @@ def test_clip_ratio_is_the_factor_on_the_gradient(start):
         "training.max_steps=2",
         "training.max_grad_norm=0.05",
     )
-    before = job.engine.gather_state()
+    before = job.engine.full_state_dict()
     for result in train(job):
-        state = job.engine.gather_state()
+        state = job.engine.full_state_dict()
         moved = torch.cat([(state[n] - before[n]).flatten() for n in state]).double().norm()
         before = state
         assert 0 < result.clip_ratio < 0.5
