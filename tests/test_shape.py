@@ -145,6 +145,17 @@ def test_deepspeed_bitsandbytes_and_cuda_stay_in_the_engine():
     assert not wrong, wrong
 
 
+def test_deepspeed_stays_in_its_own_folder_of_the_engine():
+    wrong = [
+        place(file, line)
+        for file in modules()
+        if not name_of(file).startswith("engine.deepspeed.")
+        for line, name in imports(file)
+        if name.split(".")[0] == "deepspeed"
+    ]
+    assert not wrong, wrong
+
+
 def test_what_comes_before_the_first_stage_starts_without_the_libraries():
     names = [name_of(file) for file in modules() if room_of(name_of(file)) in TORCH_FREE_ROOMS] + [*TORCH_FREE]
     code = "import importlib, sys\nfor name in sys.argv[1].split(): importlib.import_module('finetune.' + name)\n"

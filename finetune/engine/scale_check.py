@@ -12,10 +12,9 @@ import importlib.metadata
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from finetune.engine.engine import Engine
@@ -31,61 +30,6 @@ UNIT = 2.0**-10
 # Relative error of one weight. bf16 and fp16 round up to four times on the way (scaled loss, gradient, communication,
 # average), each by half a unit in the last place. float32: far above its roundings, far below any wrong factor.
 TOLERANCE = {"no": 1e-5, "bf16": 4 * 2.0**-8, "fp16": 4 * 2.0**-11}
-
-
-@dataclass(frozen=True)
-class KnownBad:
-    """What was measured of released DeepSpeed versions, first to last of a row; releases between them were not run."""
-
-    first: str
-    last: str
-    stages: tuple[int, ...]
-    offload: bool  # with the optimizer offloaded to the CPU
-    symptom: str
-    thread: str = ""  # upstream's own report or repair, where one was found
-
-
-_DEEPSPEED = "https://github.com/deepspeedai/DeepSpeed/"
-# scripts/benchmarks/deepspeed_versions.py measures it (docs/benchmarks/deepspeed-versions.md), and a test compares: 2
-# ranks, K=4, float32, relative difference of the weights from one big batch after four AdamW steps (right: 1e-7).
-KNOWN_BAD = (
-    KnownBad(
-        "0.17.6",
-        "0.18.2",
-        (2,),
-        False,
-        "weights 3.4e-2 off, gradient norm half the true one",
-        _DEEPSPEED + "issues/7718",
-    ),
-    KnownBad(
-        "0.16.9",
-        "0.18.5",
-        (2,),
-        True,
-        "weights 2.9e-2 off, gradient norm 0.7 of the true one",
-        _DEEPSPEED + "pull/7967",
-    ),
-    KnownBad("0.18.7", "0.18.9", (1, 2), False, "crashes in the optimizer step on CPU ranks", _DEEPSPEED + "pull/7948"),
-    KnownBad("0.18.7", "0.18.9", (1, 2), True, "crashes in the optimizer step on CPU ranks", _DEEPSPEED + "pull/7948"),
-)
-GOOD_DEEPSPEED = "0.19.0"  # and later: every stage and offload was exact
-
-
-def known_of(version: str, strategy: Strategy) -> str:
-    """What the table says of this DeepSpeed version under this strategy; "" when it says nothing."""
-    offload = strategy.offload_optimizer != "none"
-    rows = [
-        row
-        for row in KNOWN_BAD
-        if Version(row.first) <= Version(version) <= Version(row.last)
-        and strategy.zero_stage in row.stages
-        and row.offload == offload
-    ]
-    return "; ".join(
-        f"known of deepspeed {r.first if r.first == r.last else f'{r.first} to {r.last}'}, ZeRO-"
-        f"{strategy.zero_stage}{' with CPU offload' if r.offload else ''}: {r.symptom}"
-        for r in rows
-    )
 
 
 class _Linear(nn.Module):
@@ -131,20 +75,12 @@ def check_scale(engine: Engine) -> str:
     # without what any first start costs: imports, the process group, DeepSpeed's compiles
     started = time.perf_counter()
     full = min(engine.accelerator.gradient_accumulation_steps, MOST_MICRO_BATCHES)
-    try:
-        problem = measure(engine, (full, 1, full + 1))
-    except RuntimeError as error:
-        known = _known(strategy)
-        if not known:
-            raise
-        raise UserError(
-            f"scale check: the optimizer step fails under {_versions(strategy)}: {error} {known}"
-        ) from error
+    problem = measure(engine, (full, 1, full + 1))
     engine.release()
     if problem:
         raise UserError(
-            f"scale check: {_versions(strategy)} would train wrongly: {problem}. {_known(strategy)}"
-            "Nothing was trained. Install the versions of constraints.txt."
+            f"scale check: {_versions(strategy)} would train wrongly: {problem}."
+            " Nothing was trained. Install the versions of constraints.txt."
         )
     return (
         f"ok, windows of {full}, 1 and {full + 1} micro-batches on {count(strategy.ranks, 'rank')}"
@@ -223,10 +159,3 @@ def judge(
 def _versions(strategy: Strategy) -> str:
     names = ["accelerate", "torch"] + ["deepspeed"] * (strategy.engine == "deepspeed")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-
-
-def _known(strategy: Strategy) -> str:
-    if strategy.engine != "deepspeed":
-        return ""
-    known = known_of(importlib.metadata.version("deepspeed"), strategy)
-    return f"{known}; deepspeed {GOOD_DEEPSPEED} and later were exact. " if known else ""

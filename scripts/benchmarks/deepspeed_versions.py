@@ -25,9 +25,9 @@ from pathlib import Path
 import psutil
 from packaging.version import Version
 
-from finetune.engine.scale_check import GOOD_DEEPSPEED, KNOWN_BAD, known_of
 from finetune.launch.start import free_port
 from finetune.launch.strategy import Strategy
+from scripts.benchmarks.deepspeed_known import GOOD_DEEPSPEED, KNOWN_BAD, known_of
 from tests.support.launch import environment, launch_file
 from tests.support.tiny_models import small_recipe
 
@@ -282,8 +282,8 @@ def page(results: dict) -> str:
             "## The errors",
             "",
             (
-                f"As `KNOWN_BAD` in `finetune/engine/scale_check.py` has them; {GOOD_DEEPSPEED} and later are exact."
-                " The links are upstream's reports and repairs; releases between those of the tables were not run."
+                f"As `KNOWN_BAD` in `scripts/benchmarks/deepspeed_known.py` has them; {GOOD_DEEPSPEED} and later"
+                " are exact. The links are upstream's reports and repairs; releases between those of the tables were not run."
             ),
             "",
             *bad,

@@ -7,9 +7,10 @@ import json
 
 import pytest
 
-from finetune.engine.scale_check import KNOWN_BAD, judge, known_of
+from finetune.engine.scale_check import judge
 from finetune.launch.strategy import Strategy
 from scripts.benchmarks import deepspeed_versions as measured
+from scripts.benchmarks.deepspeed_known import KNOWN_BAD, known_of
 from tests.support.launch import ROOT, accelerate, launch_file, program
 
 ENGINES = {
