@@ -52,14 +52,14 @@ def save(figure, file: Path) -> None:
 def draw_memory(cases: list[dict], file: Path) -> None:
     """Stacked bytes at the peak of a step, by item."""
     figure, panes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True)
-    for pane, checkpointing in zip(panes, (False, True)):
+    for pane, checkpointing in zip(panes, (False, True), strict=True):
         chosen = [case for case in cases if case["checkpointing"] == checkpointing]
         labels = [f"{case['name']}\n{case['K']} × {case['rows_per_step'] // case['K']} rows" for case in chosen]
         bottom = [0.0] * len(chosen)
         for (key, name), color in zip(ITEMS.items(), COLORS, strict=True):
             heights = [case["bytes"][key] / MIB for case in chosen]
             pane.bar(labels, heights, bottom=bottom, color=color, label=name, width=0.65)
-            bottom = [b + h for b, h in zip(bottom, heights)]
+            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
         for x, total in enumerate(bottom):
             pane.text(x, total, f"{total:,.0f}", ha="center", va="bottom")
         pane.set_title(
@@ -101,7 +101,7 @@ def draw_raggedness(cases: list[dict], chats: dict, file: Path) -> None:
 def draw_throughput(found: dict[str, list[dict]], file: Path) -> None:
     """Trained tokens per second against K."""
     figure, pane = plt.subplots(figsize=(6.5, 4))
-    for (name, cases), color in zip(found.items(), COLORS):
+    for (name, cases), color in zip(found.items(), COLORS, strict=False):
         ks = [case["K"] for case in cases]
         pane.plot(ks, [case["tokens_per_second"] for case in cases], "o-", color=color, label=name)
     pane.set_xscale("log", base=2)

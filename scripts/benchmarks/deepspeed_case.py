@@ -100,7 +100,7 @@ def accumulated(recipe_path: str, strategy, micro_step) -> dict:
     for part in parts:
         reference.step(part)
     difference, ratios = relative(states[-1], reference.state()), []
-    for norm, state, part in zip(norms, states, parts):
+    for norm, state, part in zip(norms, states, parts, strict=True):
         reference.load(state)
         ratios.append(norm / reference.step(part)[1])
     return {"weight_difference": difference, "norm_ratios": ratios}

@@ -138,24 +138,25 @@ def page(found: list[dict], command: str) -> str:
 Written by `{command}` on {datetime.date.today()}, on a CPU; {versions}.
 {len(found)} launches: {"; ".join(r["launch"] for r in found)}.
 
-Relative L2 differences from one big float32 batch without an engine; the worst over ranks and over windows of K = 1, 3, 8, 17 and
-random ones, with ragged rows, rows without a trained token and empty micro-batches (configured steps 8). A tiny Llama; the model
-does not matter to what is tested. Worst float32 figure: **{worst_float32(found):.1e}**, limit {limit:.0e}; AdamW with epsilon 1e-8,
+Relative L2 differences from one big float32 batch without an engine; the worst over ranks and over windows of K = 1, 3,
+8, 17 and random ones, with ragged rows, rows without a trained token and empty micro-batches (configured steps 8). A
+tiny Llama; the model does not matter to what is tested.
+Worst float32 figure: **{worst_float32(found):.1e}**, limit {limit:.0e}; AdamW with epsilon 1e-8,
 which amplifies rounding where gradients are next to nothing, is reported and not held to it. Limits in bf16:
 {AGAINST_FLOAT32["bf16"]:.1e} against float32, {AGAINST_THE_ENGINE["bf16"]:.1e} against one batch of the same engine
 (`tests/support/exact_table.py` derives them)."""
     long = """\
 ## The dtype of the gradient buffer
 
-bf16 under DeepSpeed, 64 micro-batches, `data_types.grad_accum_dtype` fp32 (ours) and bf16. "random": random rows against one batch
-under the same engine; both columns carry the rounding of every micro-batch's own bf16 gradient. "repeated": one micro-batch 64 times
-against once, where only the buffer can lose bits."""
+bf16 under DeepSpeed, 64 micro-batches, `data_types.grad_accum_dtype` fp32 (ours) and bf16. "random": random rows
+against one batch under the same engine; both columns carry the rounding of every micro-batch's own bf16 gradient.
+"repeated": one micro-batch 64 times against once, where only the buffer can lose bits."""
     traffic = """\
 ## Communication
 
-Full fine-tuning, 2 ranks, counted by torch's profiler on the process group in the third window of each K. Elements are those that
-one rank hands in, divided by the model's parameters. "scalars" are at most 8 elements: gradient norms and overflow flags. Our own
-sums of scalars, the window's trained tokens before it and its loss after it, are left out."""
+Full fine-tuning, 2 ranks, counted by torch's profiler on the process group in the third window of each K. Elements are
+those that one rank hands in, divided by the model's parameters. "scalars" are at most 8 elements: gradient norms and
+overflow flags. Our own sums of scalars, the window's trained tokens before it and its loss after it, are left out."""
     parts = [head, "\n".join(table(found)), long, "\n".join(buffers(found)), traffic, "\n".join(communication(found))]
     return "\n\n".join(parts) + "\n"
 

@@ -320,7 +320,7 @@ def cross_case(bench: Bench, number: int, name: str, run) -> dict:
     """One combination: unbroken, then killed at both steps of CROSS_KILLS and resumed."""
     folder = bench.folder / f"cross-{number}"
     folder.mkdir()
-    overrides = overrides_of(run, bench.recipe, folder) + ["checkpoint.save_steps=2"]
+    overrides = [*overrides_of(run, bench.recipe, folder), "checkpoint.save_steps=2"]
     overrides.remove("checkpoint.save_steps=4")
     file, env = launch_file(folder / "launch.yaml", **run.launch), {"FINETUNE_CACHE": str(bench.folder / "cache")}
     result: dict = {
@@ -442,8 +442,9 @@ def page(found: dict) -> str:
 # Reliability of saving, stopping and resuming
 
 Written by `{found["command"]}` on {found["date"]}, commit {found["commit"]}, {found["machine"]}; {versions}.
-It took {found["minutes"]:.1f} minutes. What is attacked is a tiny model trained for 30 steps with a checkpoint after each, so that kills
-fall into saves; a "silent difference" is a resumed run that ends well and is not, bit for bit, the unbroken one (losses, gradient norms,
+It took {found["minutes"]:.1f} minutes.
+What is attacked is a tiny model trained for 30 steps with a checkpoint after each, so that kills fall into saves; a
+"silent difference" is a resumed run that ends well and is not, bit for bit, the unbroken one (losses, gradient norms,
 learning rates, rows, held-out losses, exported weights).""",
         (
             "Nothing was lost, nothing was silent."
@@ -467,9 +468,11 @@ learning rates, rows, held-out losses, exported weights).""",
         f"""\
 ## Kills
 
-Every process of the tree gets SIGKILL at a random moment: one in five anywhere from the start, the others after the first new step.
-Up to {KILLS_PER_RUN} kills per run; then it is left to its end. Seed {found["seed"]}; each moment is in reliability.json. Locks of
-DeepSpeed's compiled ops that kills left behind, named by the next start: {found["locks"]}.
+Every process of the tree gets SIGKILL at a random moment: one in five anywhere from the start, the others after
+the first new step.
+Up to {KILLS_PER_RUN} kills per run; then it is left to its end. Seed {found["seed"]}; each moment is in
+reliability.json.
+Locks of DeepSpeed's compiled ops that kills left behind, named by the next start: {found["locks"]}.
 
 """
         + table(

@@ -89,7 +89,7 @@ def _default(key: str, field: FieldInfo) -> str:
 def recipe_page() -> str:
     """docs/recipe.md."""
     parts = [HEADER, _INTRODUCTION]
-    for name, model, field in _sections(Recipe, "", None):
+    for name, model, _ in _sections(Recipe, "", None):
         title = f"`{name}`" if name else "The sections"
         parts.append(f"\n## {title}\n\n{' '.join((model.__doc__ or '').split())}\n")
         if name == "data.train[]":
@@ -98,9 +98,9 @@ def recipe_page() -> str:
         for key, inner in model.model_fields.items():
             full = f"{name}.{key}".lstrip(".")
             child, many = child_section(inner)
-            value = (
-                ("a list of mappings" if many else "a section") if child else allowed(inner.annotation, inner.metadata)
-            )
+            value = allowed(inner.annotation, inner.metadata)
+            if child:
+                value = "a list of mappings" if many else "a section"
             text = " ".join((inner.description or "").split()).replace(" (required)", "")
             parts.append(f"| `{key}` | {value} | {_default(full, inner)} | {text} |\n")
     parts += ["\n", _exclusive(), _aliases(), _foreign()]
@@ -115,14 +115,14 @@ of another type, `null`, a key given twice, a YAML tag or alias are errors, all 
 what was found and what is allowed. `finetune check recipe.yaml` answers without loading anything large, then goes on to
 the launch file (`--launch`), the model's config, the tokenizer, a sample of the data and the batch arithmetic.
 
-- **Overrides.** `training.learning_rate=1e-5 lora.r=32 "data.train=[{path: mine.jsonl}]"` after the recipe on the command
-  line, as strict as the file. Of two keys that exclude each other the override wins over the file.
+- **Overrides.** `training.learning_rate=1e-5 lora.r=32 "data.train=[{path: mine.jsonl}]"` after the recipe on the
+  command line, as strict as the file. Of two keys that exclude each other the override wins over the file.
 - **Numbers and words** follow YAML 1.2: `1e-5` is a number, `no` and `on` are text.
-- **Paths.** A value of `model.name_or_path` or of a source's `path` that exists, relative to the file that says it or to the
-  working directory, is local; otherwise it is a hub id, unless it looks like a file. `output_dir` is relative to the
-  working directory.
-- **`include: base.yaml`**, or a list: recipes to start from, merged in order, then this file. Sections are merged key by key;
-  lists are replaced. Paths in an included file are relative to that file.
+- **Paths.** A value of `model.name_or_path` or of a source's `path` that exists, relative to the file that says it or
+  to the working directory, is local; otherwise it is a hub id, unless it looks like a file. `output_dir` is relative to
+  the working directory.
+- **`include: base.yaml`**, or a list: recipes to start from, merged in order, then this file. Sections are merged key
+  by key; lists are replaced. Paths in an included file are relative to that file.
 - **One owner per knob.** Processes, machines, mixed precision, ZeRO and offload belong to the launch file. Settings
   that exclude each other are in [compatibility.md](compatibility.md).
 - **In an editor**, the first line `# yaml-language-server: $schema=...` of the shipped recipes gives completion.
@@ -154,9 +154,9 @@ def compatibility_page() -> str:
     return f"""\
 {HEADER}# Incompatible settings
 
-`finetune check`, `finetune train` and the trainer refuse these combinations of recipe and launch file before anything is
-loaded, with the reason and the nearest combination that works. Everything else is meant to work; that every shipped recipe
-either goes with every shipped launch file or is refused by a line below is a test.
+`finetune check`, `finetune train` and the trainer refuse these combinations of recipe and launch file before anything
+is loaded, with the reason and the nearest combination that works. Everything else is meant to work; a test checks that
+every shipped recipe either works with every shipped launch file or is refused by a line below.
 
 {compatibility.table()}"""
 

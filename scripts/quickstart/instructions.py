@@ -15,8 +15,8 @@ import argparse
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from scripts.quickstart.stdlib_docs import Argument, Entry, entries
 

@@ -10,9 +10,9 @@ import importlib
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Iterator
 
 PYTHON = "/usr/bin/python3"  # stands for this interpreter's place, which is the default of some arguments
 
@@ -127,7 +127,9 @@ def _belongs(value: object, module: ModuleType) -> bool:
     if home is None:
         return True
     # C accelerators call themselves _bisect, posix, _io ...; a re-export from another listed module is not ours.
-    return home == module.__name__ or home.lstrip("_") == module.__name__ or home not in MODULES and home != "builtins"
+    if home == module.__name__ or home.lstrip("_") == module.__name__:
+        return True
+    return home not in MODULES and home != "builtins"
 
 
 def _entry(module: str, name: str, kind: str, value: object, seen: set[int]) -> Iterator[Entry]:

@@ -16,8 +16,8 @@ import json
 import random
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from scripts.quickstart.stdlib_docs import Entry, clean, entries, modules
 
@@ -86,7 +86,7 @@ def _prose(text: str) -> list[str]:
 
 
 def _reads_as_english(part: str) -> bool:
-    if ">>>" in part or "::=" in part or "::" == part.strip() or not part.isascii():
+    if ">>>" in part or "::=" in part or part.strip() == "::" or not part.isascii():
         return False
     letters = sum(character.isalpha() or character == " " for character in part)
     words = re.findall(r"[a-z]{2,}", part)
@@ -97,7 +97,7 @@ def _packed(parts: list[str], heading: str) -> Iterator[str]:
     """Join parts under the heading into documents of about DOCUMENT_CHARACTERS; a longer part is cut at its lines."""
     room = DOCUMENT_CHARACTERS - len(heading)
     current: list[str] = []
-    for part in (piece for part in parts for piece in _cut(part, room)):
+    for part in (piece for whole in parts for piece in _cut(whole, room)):
         if current and sum(map(len, current)) + len(part) > room:
             yield "\n\n".join([heading, *current])
             current = []

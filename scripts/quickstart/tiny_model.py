@@ -16,8 +16,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = REPOSITORY / "recipes" / "quickstart" / "data" / "python_docs.jsonl"

@@ -24,7 +24,7 @@ SEED = 11
 
 @given(SHARES, SIZES, st.integers(1, 120), st.sampled_from([1, 2, 3]), st.integers(1, 6), st.integers(1, 9))
 def test_ranks_slice_the_same_windows_whatever_the_schedule(shares, sizes, rows, epochs, per_device, ranks):
-    batch = BatchSchedule(tuple(zip(shares, sizes)))
+    batch = BatchSchedule(tuple(zip(shares, sizes, strict=False)))
     schedule = Schedule(
         "constant", 1.0, 0, planned_windows(rows, batch, epochs), None, sum(epoch_rows(rows, epochs)), batch
     )
@@ -60,7 +60,7 @@ def test_the_tokens_of_a_window_are_those_of_its_micro_batches(lengths, per_devi
 
 @given(SHARES, SIZES, st.integers(1, 200), st.integers(1, 30), st.sets(st.integers(0, 40), max_size=10))
 def test_a_run_by_steps_ends_after_its_steps_whatever_was_skipped(shares, sizes, rows, steps, skipped):
-    batch = BatchSchedule(tuple(zip(shares, sizes)))
+    batch = BatchSchedule(tuple(zip(shares, sizes, strict=False)))
     schedule = Schedule("linear", 1.0, 0, steps, steps, None, batch)
     position = Position()
     while not schedule.finished(position.step, position.applied_rows):

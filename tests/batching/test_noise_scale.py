@@ -19,7 +19,9 @@ def window_of(random: np.random.Generator, mean: np.ndarray, spread: float, size
     """(sum of t |g|^2 over micro-batches, |g| of the window) for one draw of per-token gradients."""
     tokens = mean + spread * random.standard_normal((sizes.sum(), len(mean)))
     parts = [part.mean(0) for part in np.split(tokens, np.cumsum(sizes)[:-1])]
-    return sum(t * float(part @ part) for t, part in zip(sizes, parts)), float(np.linalg.norm(tokens.mean(0)))
+    return sum(t * float(part @ part) for t, part in zip(sizes, parts, strict=True)), float(
+        np.linalg.norm(tokens.mean(0))
+    )
 
 
 def test_noise_and_signal_are_unbiased_for_ragged_micro_batches():

@@ -182,7 +182,9 @@ def test_batch_and_learning_rate_over_a_run_by_hand():
     # sqrt(2/8) three times, sqrt(4/8), then the scheduled 8 rows also for the short window
     scaled = replace(schedule, scaling=LrScaling("sqrt", 8))
     factors = [0.5, 0.5, 0.5, math.sqrt(0.5), 1.0, 1.0]
-    assert [rate for _, _, rate in walk(scaled, 20, 1)] == pytest.approx([a * b for a, b in zip(unscaled, factors)])
+    assert [rate for _, _, rate in walk(scaled, 20, 1)] == pytest.approx(
+        [a * b for a, b in zip(unscaled, factors, strict=True)]
+    )
 
 
 def test_an_epochs_end_cuts_a_window_and_not_the_schedule():
@@ -215,7 +217,7 @@ SHARES = st.lists(st.integers(1, 99), max_size=4, unique=True).map(
     SHARES, st.lists(st.integers(1, 40), min_size=5, max_size=5), st.integers(1, 120), st.sampled_from([0.3, 1, 2, 2.5])
 )
 def test_any_schedule_takes_every_row_once_in_as_many_windows_as_planned(shares, sizes, rows, epochs):
-    batch = BatchSchedule(tuple(zip(shares, sizes)))
+    batch = BatchSchedule(tuple(zip(shares, sizes, strict=False)))
     total = sum(epoch_rows(rows, epochs))
     planned = planned_windows(rows, batch, epochs)
     schedule = Schedule("constant", 1.0, 0, planned, None, total, batch)

@@ -85,7 +85,7 @@ def test_everything_is_on_the_disk_before_the_next_thing_counts_on_it(scenario, 
         last_entry = max(
             i
             for i, what in enumerate(seen[:published])
-            if (what[0] == "os.mkdir" or what[0] == "open" and what[1] not in folders)
+            if (what[0] == "os.mkdir" or (what[0] == "open" and what[1] not in folders))
             and os.path.dirname(what[1]) == path
         )
         assert ["fsync", path] in seen[last_entry:published], path
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up_leaves_the_older_one(tmp_path):
         with pytest.raises(OSError), open(filler, "wb", buffering=0) as file:
             while True:
                 file.write(b"x" * 4096)
-        for pages in range(16):  # every page at which the save may run out of space
+        for pages in range(16):  # noqa: B007 - read behind the loop; every page at which the save may run out of space
             try:
                 save(tmp_path / "checkpoints", 20)
                 break

@@ -48,7 +48,8 @@ def check(tokenizer, encoded, expected: str) -> None:
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     assert encoded.input_ids.tolist() == tokens["input_ids"]
     inside = [
-        any(a <= start and end <= b for a, b in zip(marks[::2], marks[1::2])) for start, end in tokens["offset_mapping"]
+        any(a <= start and end <= b for a, b in zip(marks[::2], marks[1::2], strict=True))
+        for start, end in tokens["offset_mapping"]
     ]
     assert encoded.trained.tolist() == inside
     assert encoded.turns == encoded.ends == len(marks) // 2

@@ -68,7 +68,7 @@ def test_text_is_joined_with_eos_and_cut_into_blocks(tmp_path, bos):
 def test_a_txt_file_is_one_document_and_sources_do_not_share_a_block(tmp_path):
     tokenizer = make_tokenizer(None)
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    for file, text in zip(files, ("Hello.\n\nThere.", "\ufeffBye.")):
+    for file, text in zip(files, ("Hello.\n\nThere.", "\ufeffBye."), strict=True):
         file.write_text(text, encoding="utf-8")
     prepared = prepare(recipe_of(tmp_path, files, "data.loss_on=all"), tokenizer)
     assert texts(tokenizer, prepared.train) == ["Hello.\n\nThere.</s>", "Bye.</s>"]

@@ -35,7 +35,9 @@ def tool(folder, name, text):
 def options(text):
     words = shlex.split(text)
     assert words[1] == "launch"
-    return dict(zip(words[2::2], words[3::2])), words[words.index(str(ROOT / "finetune" / "train.py")) + 1 :]
+    return dict(zip(words[2::2], words[3::2], strict=False)), words[
+        words.index(str(ROOT / "finetune" / "train.py")) + 1 :
+    ]
 
 
 def test_arguments(folder):

@@ -248,7 +248,7 @@ def cases(ranks: int) -> list[dict]:
     found = [
         case_of(*which)
         for which in product(ENGINES, ("no", "bf16"), ("full", "LoRA"))
-        if which != ("ZeRO-1", "no", "LoRA") and (ranks == 2 or which[0] != "ZeRO-1" and which[2] == "full")
+        if which != ("ZeRO-1", "no", "LoRA") and (ranks == 2 or (which[0] != "ZeRO-1" and which[2] == "full"))
     ]
     yardstick = case_of("ZeRO-2", "no", "full") | {"name": "ZeRO-2, fp32, full, one bucket", "settings": {}}
     return [yardstick, *sorted(found, key=lambda case: case["stage"])]

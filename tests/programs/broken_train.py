@@ -18,7 +18,7 @@ how, window, launch_file, *arguments = sys.argv[1:]
 
 
 def break_down(rank: str) -> None:
-    while how == "hang" or how == "deaf" and rank == "0":
+    while how == "hang" or (how == "deaf" and rank == "0"):
         time.sleep(1)
     if how in ("raise", "deaf"):
         raise RuntimeError("boom")

@@ -79,7 +79,7 @@ def test_every_recipe_goes_with_every_launch_file_or_the_table_says_why_not(path
     if "8bit" in loaded.recipe.training.optim and strategy.offload_optimizer != "none":
         expected.append(f"training.optim is {loaded.recipe.training.optim}")
     assert len(refused) == len(expected)
-    for message, words in zip(refused, expected):
+    for message, words in zip(refused, expected, strict=True):
         assert message.startswith(f"{path}:") and words in message and str(file) in message
     if not refused:
         batch = settle(loaded, strategy).batch

@@ -45,7 +45,7 @@ def valid(value, node: dict, schema: dict) -> bool:
         return valid(value, schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
     if "anyOf" in node and not any(valid(value, option, schema) for option in node["anyOf"]):
         return False
-    if "enum" in node and value not in node["enum"] or "const" in node and value != node["const"]:
+    if ("enum" in node and value not in node["enum"]) or ("const" in node and value != node["const"]):
         return False
     kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}
     if "type" in node and not isinstance(value, kinds[node["type"]]):

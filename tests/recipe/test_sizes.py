@@ -70,7 +70,7 @@ def test_other_spellings_are_refused_with_what_to_write(value, sentence):
         "40B",
         True,
         None,
-        "٤٠GiB",
+        "٤٠GiB",  # noqa: RUF001 - digits, but not ASCII ones
         "all",
     ],
 )

@@ -1,5 +1,7 @@
 """The YAML reader: YAML 1.2 values, lines, and what it refuses."""
 
+from itertools import pairwise
+
 import pytest
 
 from finetune.recipe.strict_yaml import dotted, dump, key_path, parse
@@ -78,7 +80,7 @@ def test_refused_with_the_line(text, line, words):
 
 
 def test_an_alias_bomb_is_refused_at_once():
-    bomb = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefghijklmno", "bcdefghijklmnop"))
+    bomb = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in pairwise("abcdefghijklmnop"))
     assert len(parse(bomb).problems) == 30
 
 

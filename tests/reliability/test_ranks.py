@@ -46,8 +46,8 @@ CASES = {
         "finetune train",
         0,
         128 + signal.SIGKILL,
-        PLACE
-        + r": killed by SIGKILL, (possibly|probably) by the out-of-memory killer \(host memory limit: [\d.,]+ GiB \(.+\)\)\.",
+        PLACE + r": killed by SIGKILL, (possibly|probably) by the out-of-memory killer "
+        r"\(host memory limit: [\d.,]+ GiB \(.+\)\)\.",
     ),
     "leaving": Case(
         "exit",

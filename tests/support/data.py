@@ -114,7 +114,7 @@ def recipe_of(folder: Path, train: Path | list[Path], *overrides: str, extra: st
 def trained_texts(tokenizer, row) -> list[str]:
     """The decoded text of each run of trained tokens in a row."""
     runs, current = [], []
-    for token, label in [*zip(row.input_ids.tolist(), row.labels.tolist()), (None, -100)]:
+    for token, label in [*zip(row.input_ids.tolist(), row.labels.tolist(), strict=True), (None, -100)]:
         if label != -100:
             assert label == token
             current.append(token)

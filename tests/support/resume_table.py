@@ -30,7 +30,7 @@ SAME = (
 )
 COMMON = (f"training.max_steps={STEPS}", f"checkpoint.save_steps={SAVED_EVERY}", "evaluation.eval_steps=6")
 LORA = ("lora.r=4", "lora.alpha=8", "lora.dropout=0.1")
-QLORA = LORA + ("model.load_in_4bit=true",)
+QLORA = (*LORA, "model.load_in_4bit=true")
 OFFLOAD = dict(zero_stage=3, offload_optimizer="cpu", offload_param="cpu")
 ADAPTIVE = "accumulation={schedule: adaptive, smallest: 0.5, largest: 2, measure_every: 1}"
 WARMUP = "accumulation={schedule: warmup, warmup: [[0.3, 0.25], [0.7, 0.5], [1.0, 1.0]]}"
@@ -117,7 +117,7 @@ def differences(broken: Path, whole: Path) -> list[str]:
     found = []
     if [row["step"] for row in ours] != [row["step"] for row in theirs]:
         found.append(f"steps {[row['step'] for row in ours]} instead of {[row['step'] for row in theirs]}")
-    for mine, other in zip(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=False):
         keys = [key for key in SAME if key in other] if "loss" in other else ["eval_loss"]
         found += [
             f"step {other['step']}: {key} {mine.get(key)} instead of {other[key]}"
