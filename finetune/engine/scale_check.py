@@ -1,10 +1,11 @@
-"""The start-up check: does this engine, in the versions at hand, add up a window's micro-batches with the right weight?
+"""The scale check at every start: does this engine, in the versions at hand, add up a window's micro-batches with the
+right weight?
 
-Released versions of DeepSpeed lose micro-batches or scale them wrongly without a word. So every training starts with a
-probe module in an engine of its own with the run's configuration. Its loss is linear and every micro-batch of every
-rank has a weight of its own that starts at zero, so after one step of SGD with learning rate 1 each weight shows the
-factor that its micro-batch got: a lost one, one that counts twice and a wrong scale all show, whatever the number of
-ranks and micro-batches."""
+Released versions of DeepSpeed lose micro-batches or scale them wrongly and print nothing. So every training starts
+with a probe module in an engine of its own with the run's configuration. Its loss is linear and every micro-batch of
+every rank has a weight of its own that starts at zero, so after one step of SGD with learning rate 1 each weight
+shows the factor that its micro-batch got: a lost one, one that counts twice and a wrong scale all show, whatever the
+number of ranks and micro-batches."""
 
 from __future__ import annotations
 

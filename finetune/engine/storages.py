@@ -10,6 +10,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ OTHER = "other"
 
 
 class StorageTracker(TorchDispatchMode):
-    """Within it, the bytes of every storage that an op returned or `hold` was told of, until it is freed.
+    """While active, counts the bytes of every storage that an op returned or `hold` was told of, until it is freed.
 
     `kind` is what new storages are, and the caller's to set. `peaks` has the most of each part of the step (`enter`);
     with `record`, `series` has what was alive, by kind, each time it grew."""
@@ -41,7 +42,7 @@ class StorageTracker(TorchDispatchMode):
         """The most of all parts."""
         return max(self.peaks.values(), default=0)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0  # a fake tensor has no value; norms, losses and step counts are numbers that no size depends on
         returned = func(*args, **(kwargs or {}))
@@ -77,7 +78,7 @@ class StorageTracker(TorchDispatchMode):
             self._drop(key)
             kind = kind or known[2]
         kind = kind or self.kind
-        reference = weakref.ref(storage, lambda _, key=key: self._drop(key))
+        reference = weakref.ref(storage, lambda _: self._drop(key))
         self._storages[key] = (reference, size, kind)
         if kind != "ignored":
             self.live_bytes += size
@@ -98,20 +99,20 @@ class StorageTracker(TorchDispatchMode):
 
 @contextlib.contextmanager
 def pretending() -> Iterator[None]:
-    """Within it new tensors have shapes, types and storages, and no memory. Modules are built on the meta device before
-    it, and get their fake memory inside, by to_empty and tie_weights."""
+    """While active, new tensors have shapes, types and storages, and no memory. Modules are built on the meta device
+    before it, and get their fake memory inside, by to_empty and tie_weights."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
 @contextlib.contextmanager
 def without_padding() -> Iterator[None]:
-    """Within it transformers takes fake attention masks for all ones, as it finds rows of one length to be; it cannot
-    look into them.
+    """While active, transformers takes fake attention masks for all ones, as it finds rows of one length to be; it
+    cannot look into them.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-    def unpadded(*args, attention_mask=None, **kwargs):
+    def unpadded(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         # a sliding window is, and then takes the padding in
         needed = sdpa_mask(*args, attention_mask=None, **kwargs) is not None
         return sdpa_mask(*args, attention_mask=attention_mask, **kwargs) if needed else None

@@ -283,7 +283,8 @@ def page(results: dict) -> str:
             "",
             (
                 f"As `KNOWN_BAD` in `scripts/benchmarks/deepspeed_known.py` has them; {GOOD_DEEPSPEED} and later"
-                " are exact. The links are upstream's reports and repairs; releases between those of the tables were not run."
+                " are exact. The links are upstream's reports and repairs; releases between those of the tables were"
+                " not run."
             ),
             "",
             *bad,

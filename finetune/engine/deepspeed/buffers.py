@@ -1,7 +1,6 @@
-"""DeepSpeed's buffer sizes, cut to the model and the strategy: large models start at all, small ones do not pay for
-gigabytes. Torch-free.
+"""DeepSpeed's buffer sizes for a model and a strategy: large models start, small ones need no gigabytes. Torch-free.
 
-What is derived depends on the model, the strategy and nothing else: ZeRO-3 writes checkpoints sub-group by sub-group,
+The sizes depend on the model and the strategy alone: ZeRO-3 writes checkpoints sub-group by sub-group,
 so a resumed run must come to the same sizes. Sources are files of DeepSpeed 0.19.8 below deepspeed/runtime."""
 
 from __future__ import annotations
@@ -36,21 +35,17 @@ def derive_settings(weights: Weights, strategy: Strategy) -> dict[str, int]:
     """Keys of DeepSpeed's `zero_optimization` and their values, in elements; a dot leads into an offload section.
 
     - reduce_bucket_size, allgather_bucket_size (zero/stage_1_and_2.py: the latter must be even; with
-    all_gather_into_tensor, which
-      NCCL and gloo have, nothing is allocated for it: utils.py, all_gather_dp_groups).
+      all_gather_into_tensor, which NCCL and gloo have, nothing is allocated for it: utils.py, all_gather_dp_groups).
     - stage3_prefetch_bucket_size, stage3_max_live_parameters: every module fetches so many elements ahead, again and
-    again, until the
-      live ones reach the limit (zero/partitioned_param_coordinator.py, fetch_sub_module). So the limit is what the
-      device holds; two of
-      the largest parameters and a bucket must go in, or nothing is fetched while another is computed with.
+      again, until the live ones reach the limit (zero/partitioned_param_coordinator.py, fetch_sub_module). So the limit
+      is what the device holds; two of the largest parameters and a bucket must go in, or nothing is fetched while
+      another is computed with.
     - stage3_max_reuse_distance: what is used again within so many elements is not released. 0 with parameters on NVMe,
-    where everything
-      not released keeps one of the few swap buffers ("Not enough buffers": swap_tensor/partitioned_param_swapper.py,
-      swap_in).
+      where everything not released keeps one of the few swap buffers ("Not enough buffers":
+      swap_tensor/partitioned_param_swapper.py, swap_in).
     - offload_param.buffer_size must hold the largest partition ("More elements than buffer size", get_buffer in the
-    same file):
-      DeepSpeed's 1e8 is less than the embedding of a 7B model on one rank. buffer_count: a module's parameters are read
-      at once.
+      same file): DeepSpeed's 1e8 is less than the embedding of a 7B model on one rank. buffer_count: a module's
+      parameters are read at once.
     - sub_group_size: see above.
     """
     largest = max(1, weights.largest_elements)

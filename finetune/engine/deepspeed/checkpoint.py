@@ -56,7 +56,8 @@ def inside(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_known_pickles() -> Iterator[None]:
-    """Within it torch.load builds tensors, plain containers and these few classes of DeepSpeed, and calls nothing else.
+    """While active, torch.load builds tensors, plain containers and these few classes of DeepSpeed, and calls nothing
+    else.
 
     DeepSpeed's shards are pickles, which it loads with weights_only=False: whoever could forge a checkpoint could run
     code. TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, torch's own switch, turns this off."""
