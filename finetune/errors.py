@@ -1,4 +1,4 @@
-"""What ends a run on purpose: one exception per exit status (docs: exit codes in README.md)."""
+"""What ends a run on purpose: one exception per exit status."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class OutOfMemory(UserError):
 
 
 class StopRequested(FinetuneError):
-    """A signal or a STOP file asked for it; the state was saved, and the same command goes on."""
+    """The run was asked to stop, by a signal or a STOP file; its state was saved, and the same command resumes it."""
 
     exit_code = 3
 

@@ -62,7 +62,7 @@ def _format(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, source: Source, 
 
 
 def count_problems(loaded: Loaded, summary: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the rows that came out: too many dropped, none left. Each a full sentence with its place."""
+    """What is wrong with the rows that came out (too many dropped, none left), each a sentence with file and line."""
     data = loaded.recipe.data
     problems = []
     for name, part in (("train", summary["train"]), ("eval", summary["evaluation"])):

@@ -188,7 +188,7 @@ def check_keys(file: LaunchFile) -> None:
             file.refuse(("deepspeed_config", key), f"deepspeed_config.{key} is not supported here; {advice}")
         elif key not in DEEPSPEED_KEYS:
             place = " It is a key of the top level." if key in known else closest(key, sorted(DEEPSPEED_KEYS))
-            # accelerate ignores such a key without a word
+            # accelerate ignores such a key without a warning
             file.refuse(("deepspeed_config", key), f"deepspeed_config.{key} is not a key that accelerate reads.{place}")
 
 

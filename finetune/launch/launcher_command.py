@@ -1,4 +1,4 @@
-"""What a launcher was asked for, read from its command line: accelerate may start fewer ranks without a word."""
+"""What a launcher was asked for, read from its command line: accelerate may start fewer ranks without a warning."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TORCH_MODULES = frozenset({"torch.distributed.run", "torch.distributed.launch"}
 def launched_by() -> tuple[int | None, str | None]:
     """(ranks asked for, launch file), each None when nobody said: from the nearest parent that is a launcher.
 
-    accelerate starts one process for `--cpu --num_processes 2` without a word; only its own command line knows.
+    accelerate starts one process for `--cpu --num_processes 2` without a warning; only its command line tells.
     """
     parents, process = [], psutil.Process()
     for _ in range(GENERATIONS):

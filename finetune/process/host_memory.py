@@ -14,6 +14,7 @@ import psutil
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
 from finetune.recipe.load import Loaded
+from finetune.report.text import count
 
 CGROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GIB = 2**30
@@ -83,22 +84,19 @@ class Need:
 
 
 def host_need(loaded: Loaded, strategy: Strategy, parameters: int, export_dtype: str, use_cpu: bool) -> Need:
-    """What each process surely holds on the host, for a model of so many parameters; adapters count as nothing.
+    """A lower bound of the host memory of each process, for a model of so many parameters; adapters count as nothing.
 
-    Trained weights are read on the host, whole by every process but under ZeRO-3, and become float32; frozen ones in
-    the checkpoint's own type stay pages of its files, which the kernel can drop. On the CPU, and of what is offloaded,
-    gradients and optimizer states are there too: float32, ZeRO's share of them. On a GPU, and where DeepSpeed casts
-    them, the float32 weights have left the host before there are optimizer states: the larger of the two moments
-    counts."""
+    Trained weights are read on the host, whole by every process except under ZeRO-3, and become float32; frozen ones in
+    the checkpoint's own type stay pages of its files, which the kernel can drop. On the CPU, and with offload,
+    gradients and optimizer states are in host memory too: float32, ZeRO's share of them. On a GPU, and where DeepSpeed
+    casts them, the float32 weights have left the host before there are optimizer states: the larger need counts.
+    """
     recipe = loaded.recipe
     trained = 0 if recipe.lora else parameters
     stage, ranks = strategy.zero_stage, strategy.ranks
     if stage == 3:  # zero.Init copies each rank's share, in the compute type
-        weights = (
-            parameters * (2 if strategy.mixed_precision != "no" else 4) / ranks
-            if use_cpu or strategy.offload_param == "cpu"
-            else 0.0
-        )
+        share = parameters * (2 if strategy.mixed_precision != "no" else 4) / ranks
+        weights = share if use_cpu or strategy.offload_param == "cpu" else 0.0
     elif trained:
         weights = 4.0 * trained if use_cpu or export_dtype != "float32" else 0.0
     else:
@@ -109,8 +107,10 @@ def host_need(loaded: Loaded, strategy: Strategy, parameters: int, export_dtype:
     moments = states * trained / (ranks if stage else 1) if keeps == "cpu" else 0.0
     gradients = 4 * trained / (ranks if stage >= 2 or not use_cpu else 1) if keeps == "cpu" else 0.0
     stay = weights
-    if stage < 3 and trained:
-        stay = 0.0 if not use_cpu else 2.0 * trained if stage and strategy.mixed_precision != "no" else weights
+    if stage < 3 and trained and not use_cpu:
+        stay = 0.0
+    elif stage in (1, 2) and trained and strategy.mixed_precision != "no":
+        stay = 2.0 * trained
     loading = Need({"libraries": LIBRARIES_BYTES, "weights": weights})
     training = Need({"libraries": LIBRARIES_BYTES, "weights": stay, "gradients": gradients, "optimizer": moments})
     return max(loading, training, key=lambda need: need.total_bytes)
@@ -121,15 +121,14 @@ def check_host(
 ) -> None:
     """Before weights are read: raises UserError where they cannot fit into host memory, and warns where it is close."""
     memory = memory or host_memory()
-    local = max(1, strategy.ranks // strategy.machines)
+    local = strategy.local_ranks
     total = need.total_bytes * local
     if total < CLOSE * memory.limit_bytes:
         return
     key = "model.name_or_path"
     text = (
-        f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}: this run keeps at least {gib(total)} GiB in"
-        f" host memory ({local} process{'es' * (local > 1)} x {gib(need.total_bytes)} GiB: {need}), and {memory} is"
-        " what it may have."
+        f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}: this run needs at least {gib(total)} GiB of"
+        f" host memory ({count(local, 'process', 'es')} x {gib(need.total_bytes)} GiB: {need}); the limit is {memory}."
     )
     changes = ["train adapters (a lora section)"] if loaded.recipe.lora is None else ["load_in_4bit with a GPU"]
     if strategy.zero_stage < 3 and local > 1:

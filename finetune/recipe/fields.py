@@ -183,7 +183,7 @@ class AccumulationSection(Section):
     warmup: Warmup = [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]
     """Pairs: until this share of the run, steps take this share of the global batch (rounded to rows, at least one).
     Or one K per epoch, such as [2, 4, 6, 8] for min(2 * epoch, 8): the greatest stands for the global batch, the others
-    for their share of it, and the last goes on.
+    for their share of it, and the last holds to the end of the run.
     """
     smallest: Annotated[float, Field(gt=0, le=1)] = 0.25
     """adaptive: the least share of the global batch. Sizes are the global batch times powers of two."""

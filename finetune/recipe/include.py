@@ -30,7 +30,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Merged:
-    """The values of a recipe and everything it includes, where each key was said, and problems with their places."""
+    """The values of a recipe and everything it includes, the line of each key, and the problems with their lines."""
 
     value: dict[str, Any]
     places: Mapping[KeyPath, Place]
@@ -102,7 +102,7 @@ def _check_chain(target: str, chain: tuple[str, ...], where: Place | None, seen:
 
 
 def _merge(value: dict, places: dict[KeyPath, Place], over: dict, over_places: Mapping[KeyPath, Place]) -> None:
-    """Lay `over` onto `value` in place, with its places. Of two keys that exclude each other the later one stays."""
+    """Merge `over` into `value` in place, with its lines. Of two keys that exclude each other the later one stays."""
     for pair in EXCLUSIVE:
         for loser, winner in (pair, pair[::-1]):
             section, base = over.get(winner[0]), value.get(loser[0])

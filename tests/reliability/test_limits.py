@@ -92,7 +92,7 @@ def test_too_much_is_refused_and_close_is_a_warning(small):
     need = Need({"libraries": 0, "weights": 50 * 2**40})
     said: list[str] = []
     with pytest.raises(
-        UserError, match=r"at least 102,400 GiB in host memory \(2 processes x 51,200 GiB: weights 51,200\)"
+        UserError, match=r"at least 102,400 GiB of host memory \(2 processes x 51,200 GiB: weights 51,200\)"
     ):
         check_host(loaded, strategy, need, said.append)
     check_host(loaded, strategy, need, said.append, HostMemory(130 * 2**40, "a test"))
@@ -138,7 +138,7 @@ def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path
     assert done.returncode == 2, done.stderr[-3000:]
     last = done.stderr.rstrip().splitlines()[-1]
     assert (
-        re.search(r"this run keeps at least 15\d,\d{3} GiB in host memory \(1 process x ", last)
+        re.search(r"this run needs at least 15\d,\d{3} GiB of host memory \(1 process x ", last)
         and "Change one of: train adapters" in last
     )
     assert "Traceback" not in done.stderr and "cannot be loaded" not in done.stderr
