@@ -8,6 +8,6 @@ if __name__ == "__main__":
     # `import finetune` fails in a checkout that is not installed. The folder above is what belongs there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-    from finetune.training.run import run_rank
+    from finetune.commands.train import run_rank
 
     run_rank(sys.argv[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,36 +18,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Recipe = Annotated[str, typer.Argument(help="recipe.yaml")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="key=value, for example training.max_steps=20")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example training.max_steps=20")]
 
 
 @app.command()
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    launch: Annotated[Optional[str], typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
+    launch: Annotated[str | None, typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
 ) -> None:
     """Check the recipe, launch the trainer and end with its status."""
-    from finetune.errors import UserError
+    from finetune.commands.train import train as train_recipe
 
-    if is_launched():
-        if launch is not None:
-            sys.exit(
-                guarded(lambda: _raise(UserError("--launch: this process is already one rank of a launch. Drop it.")))
-            )
-        from finetune.training.run import run_rank
-
-        run_rank([recipe, *(overrides or [])])
-    from finetune.launch.start import launch_train
-
-    sys.exit(guarded(lambda: launch_train(recipe, overrides or [], launch)))
+    train_recipe(recipe, overrides or [], launch)
 
 
 @app.command()
 def check(
     recipe: Recipe,
     overrides: Overrides = None,
-    launch: Annotated[Optional[str], typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
+    launch: Annotated[str | None, typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
     """Say whether a recipe is right: keys, launch file, batch, model, tokenizer, a sample of the data."""
@@ -65,13 +55,11 @@ def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     launch: Annotated[
-        Optional[str], typer.Option(help="an accelerate_configs/*.yaml; single_gpu or multi_gpu.yaml without it")
+        str | None, typer.Option(help="an accelerate_configs/*.yaml; single_gpu or multi_gpu.yaml without it")
     ] = None,
-    device_memory: Annotated[Optional[str], typer.Option(help="of each device, such as 40GiB")] = None,
-    host_memory: Annotated[Optional[str], typer.Option(help="of each machine, such as 512GiB")] = None,
-    ranks: Annotated[
-        Optional[int], typer.Option(help="devices over all machines, instead of the launch file's")
-    ] = None,
+    device_memory: Annotated[str | None, typer.Option(help="of each device, such as 40GiB")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="of each machine, such as 512GiB")] = None,
+    ranks: Annotated[int | None, typer.Option(help="devices over all machines, instead of the launch file's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
     """Say what a recipe takes in memory, whether it fits, and the cheapest change that makes it fit; needs no GPU and
@@ -90,7 +78,7 @@ def plan(
 def verify(
     recipe: Recipe,
     overrides: Overrides = None,
-    launch: Annotated[Optional[str], typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
+    launch: Annotated[str | None, typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
     full: Annotated[bool, typer.Option("--full", help="the real model and row lengths, not shrunk ones")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
@@ -173,7 +161,7 @@ def checkpoints(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
     export: Annotated[
-        Optional[tuple[str, Path]],
+        tuple[str, Path] | None,
         typer.Option(
             "--export",
             metavar="STEP OUT",
@@ -197,10 +185,6 @@ def checkpoints(
         print(export_checkpoint(run, *export, trust_remote_code), flush=True)
 
     sys.exit(guarded(body))
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def main() -> None:

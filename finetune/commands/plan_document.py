@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+from finetune.commands.plan_change import lines_of
 from finetune.engine.deepspeed.buffers import derive_settings
-from finetune.engine.devices import has_accelerator
-from finetune.launch.strategy import Strategy
+from finetune.engine.devices import device_limit_bytes, has_accelerator
+from finetune.launch.compatibility import FLASH
+from finetune.launch.preflight import Settled
 from finetune.memory import offload_traffic
-from finetune.memory.estimate import traces
+from finetune.memory.estimate import Range, traces
+from finetune.memory.micro_batch import DEVICE_MARGIN, HOST_MARGIN
 from finetune.memory.strategies import (
     Case,
     Ground,
+    Machine,
     Outcome,
     as_it_stands,
     climb,
     device_range,
     host_range,
-    launch_file_of,
     nearest,
     outcome,
     table,
 )
+from finetune.model.load import facts
 from finetune.model.parameters import ITEMS
+from finetune.process.host_memory import host_memory
+from finetune.recipe import sizes
+from finetune.recipe.load import Loaded
 
 MANY = (1, 8, 64)  # K at which offload's traffic is shown beside the recipe's own
 WEIGHT_BYTES, STATE_BYTES = (
@@ -40,10 +49,54 @@ LINKS = {
 }
 
 
-def document(recipe_path: str, ground: Ground, notes: list[str]) -> dict[str, Any]:
+def document(
+    recipe_path: str, settled: Settled, device_bytes: int | None, host_bytes: int | None, notes: list[str]
+) -> dict[str, Any]:
     """Everything that the command prints; docs/memory.md says what the keys hold. Raises UserError for what the recipe
     gets wrong.
     """
+    warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft settles it itself
+    settled = dataclasses.replace(settled, loaded=_traceable(settled.loaded, notes))
+    model = facts(settled.loaded)
+    tokens = min(settled.loaded.recipe.data.max_length, model.max_positions or sys.maxsize)
+    ground = Ground(settled, model, tokens, _machine(settled, device_bytes, host_bytes))
+    gc.freeze()  # traces make objects by the million, and what was imported need not be looked through each time
+    return _document(recipe_path, ground, notes)
+
+
+def _machine(settled: Settled, device: int | None, host: int | None) -> Machine:
+    """What is given, then what the recipe says, then what this machine has, where it is one that would train this."""
+    use_cpu, said = settled.strategy.use_cpu, settled.loaded.recipe.training.device_memory
+    here = has_accelerator()
+    if device is not None:
+        on_device: tuple[float | None, str] = (float(device), "--device-memory")
+    elif said != "auto":
+        on_device = (float(sizes.parse_bytes(said)), f"training.device_memory {said}")
+    elif here and not use_cpu:
+        on_device = (device_limit_bytes() * (1 - DEVICE_MARGIN), f"this device, less {DEVICE_MARGIN:.0%}")
+    else:
+        on_device = (None, "the CPU: host memory decides" if use_cpu else "no GPU here; give --device-memory")
+    if host is not None:
+        on_host: tuple[float | None, str] = (float(host), "--host-memory")
+    elif here or use_cpu:
+        memory = host_memory()
+        on_host = (memory.limit_bytes * (1 - HOST_MARGIN), f"{memory.source}, less {HOST_MARGIN:.0%}")
+    else:
+        on_host = (None, "no GPU here: another machine will run this; give --host-memory")
+    return Machine(*on_device, *on_host)
+
+
+def _traceable(loaded: Loaded, notes: list[str]) -> Loaded:
+    """Flash attention need not be installed where nothing is trained."""
+    model = loaded.recipe.model
+    if model.attn_implementation not in FLASH or has_accelerator():
+        return loaded
+    notes.append(f"{model.attn_implementation} does not run here: traced with sdpa, which keeps as much")
+    changed = loaded.recipe.model_copy(update={"model": model.model_copy(update={"attn_implementation": "sdpa"})})
+    return dataclasses.replace(loaded, recipe=changed)
+
+
+def _document(recipe_path: str, ground: Ground, notes: list[str]) -> dict[str, Any]:
     settled = ground.settled
     strategy, batch = settled.strategy, settled.batch
     if batch.open:  # the micro-batch is chosen first, and the other strategies are shown with the same one
@@ -77,11 +130,11 @@ def document(recipe_path: str, ground: Ground, notes: list[str]) -> dict[str, An
         "as_it_stands": row(stands),
         "strategies": [row(one) for one in outcomes],
         "rungs": [row(one) for one in tried],
-        "change": change and _change(recipe_path, ground, change),
+        "change": change and row(change) | lines_of(recipe_path, ground, change),
         "nearest": missed and row(missed),
         "impossible": _impossible(ground, outcomes, weights.elements),
         "offload": [
-            _offload(one) for one in (stands, *outcomes) if one.found and "none" != one.case.strategy.offload_optimizer
+            _offload(one) for one in (stands, *outcomes) if one.found and one.case.strategy.offload_optimizer != "none"
         ],
         "links": LINKS,
         "notes": notes,
@@ -172,81 +225,8 @@ def row(one: Outcome) -> dict[str, Any]:
     }
 
 
-def _rounded(need) -> dict[str, int]:
+def _rounded(need: Range) -> dict[str, int]:
     return {name: round(size) for name, size in dataclasses.asdict(need).items()}
-
-
-def _change(recipe_path: str, ground: Ground, one: Outcome) -> dict[str, Any]:
-    """What makes it fit, as lines to copy: of the recipe, of the launch file, and both on one command line."""
-    settled, case = ground.settled, one.case
-    before, after = settled.loaded.recipe, case.loaded.recipe
-    values: dict[str, dict[str, Any]] = {}
-    training: dict[str, Any] = {}
-    if not settled.batch.open and case.rows != settled.batch.per_device_rows:
-        training["per_device_train_batch_size"] = case.rows
-        if before.training.gradient_accumulation_steps != "auto":
-            training["gradient_accumulation_steps"] = case.steps
-    if after.training.gradient_checkpointing != before.training.gradient_checkpointing:
-        training["gradient_checkpointing"] = True
-    if after.model.load_in_4bit and not before.model.load_in_4bit:
-        values["model"] = {"load_in_4bit": True}
-    if after.lora is not None and before.lora is None:
-        values["lora"] = {"r": after.lora.r, "alpha": after.lora.alpha}
-    if training:
-        values["training"] = training
-    lines = [
-        line
-        for section, keys in values.items()
-        for line in (f"{section}:", *(f"  {key}: {_yaml(v)}" for key, v in keys.items()))
-    ]
-    overrides = [f"{section}.{key}={_yaml(value)}" for section, keys in values.items() for key, value in keys.items()]
-    file, launch_lines, command = _launch(settled.strategy, case.strategy, case.rows != settled.batch.per_device_rows)
-    return row(one) | {
-        "recipe_lines": lines,
-        "launch_file": file,
-        "launch_lines": launch_lines,
-        "command": " ".join([*command, "finetune/train.py", recipe_path, *overrides]),
-    }
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _launch(before: Strategy, after: Strategy, new_steps: bool) -> tuple[str | None, list[str], list[str]]:
-    """(launch file, the lines it needs, the command); the shipped file that is nearest where the strategy is
-    another.
-    """
-    changed = dataclasses.replace(after, source=before.source, nvme_path=before.nvme_path) != before
-    fixed = (
-        ["  gradient_accumulation_steps: auto"] if new_steps and before.gradient_accumulation_steps is not None else []
-    )
-    if not changed:
-        return before.source, ["deepspeed_config:", *fixed] if fixed else [], _accelerate(before, before.source)
-    shipped = launch_file_of(after)
-    lines = [
-        f"num_processes: {after.ranks}",
-        f"mixed_precision: {after.mixed_precision if after.mixed_precision != 'no' else repr('no')}",
-    ]
-    lines += [f"num_machines: {after.machines}"] if after.machines > 1 else []
-    lines += ["use_cpu: true"] if after.use_cpu else []
-    section = []
-    if shipped is None:
-        section = [
-            f"  zero_stage: {after.zero_stage}",
-            f"  offload_optimizer_device: {after.offload_optimizer}",
-            f"  offload_param_device: {after.offload_param}",
-        ]
-    if after.machines > 1 and after.engine == "deepspeed":
-        section.append("  deepspeed_multinode_launcher: standard")
-    if after.nvme_path:
-        section += [f"  offload_{what}_nvme_path: {after.nvme_path}" for what in ("optimizer", "param")]
-    name = f"accelerate_configs/{shipped or f'zero{after.zero_stage}.yaml'}"
-    return name, lines + (["deepspeed_config:", *section] if section else []), _accelerate(after, name)
-
-
-def _accelerate(strategy: Strategy, file: str) -> list[str]:
-    return ["accelerate", "launch", "--config_file", file, "--num_processes", str(strategy.ranks)]
 
 
 def _impossible(ground: Ground, outcomes: list[Outcome], parameters: int) -> list[str]:

@@ -1,21 +1,77 @@
-"""Predicted beside measured: for run.json, the lines a run begins and ends with, and the refusal of what cannot fit."""
+"""The memory of a run before it starts; predicted beside measured, at its end; the refusal of what cannot fit."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from itertools import zip_longest
 
+from finetune.batching.layout import largest_micro_batches
+from finetune.batching.windows import row_order, rows_of_epoch
 from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.engine.meter import Meter
-from finetune.errors import UserError
-from finetune.memory.estimate import Estimate
+from finetune.errors import UserError, reason
+from finetune.memory.estimate import Estimate, estimate
 from finetune.memory.trace import Shape
 from finetune.recipe.load import Loaded
 from finetune.report.text import human_bytes
+from finetune.training.job import Plan
 
 # What a trainer's process takes from the forecast to its steps beside tensors: libraries that are imported by then,
 # kernels' own memory. Medians of docs/benchmarks/memory.md's runs without it, on Linux and the CPU; a GPU's driver
 # takes more, unmeasured.
 LATER_BYTES = {"single": 45 * 2**20, "ddp": 50 * 2**20, "deepspeed": 110 * 2**20}
+
+
+def largest_shapes(plan: Plan) -> list[Shape]:
+    """The micro-batches of this run with the most tokens: of those that begin a window, and of the later ones, which
+    meet gradients.
+
+    Exact for a constant batch over rows in memory; else one, the most there could be.
+    """
+    recipe, batch, train = plan.loaded.recipe, plan.batch, plan.data.train
+    training, sizes = recipe.training, plan.schedule.batch
+    if recipe.data.streaming or sizes.varies or sizes.adapts:
+        longest = recipe.data.max_length if recipe.data.streaming else int(train.lengths.max())
+        return [Shape(batch.per_device_rows, longest, batch.per_device_rows > 1)]
+    left = plan.schedule.planned_steps * batch.global_batch_rows
+    epochs = training.num_train_epochs if training.max_steps is None else math.inf
+    longest, ragged = (
+        int(train.lengths.max()),
+        batch.per_device_rows > 1 and int(train.lengths.min()) < int(train.lengths.max()),
+    )
+    found: list[tuple[int, int, bool]] = []  # of the first micro-batches, of the later ones
+    epoch = 0
+    while left > 0 and (rows := rows_of_epoch(len(train), epochs, epoch)):
+        order = row_order(len(train), training.seed, epoch)[: min(rows, left)]
+        here = largest_micro_batches(train.lengths, order, batch.global_batch_rows, batch.per_device_rows, batch.ranks)
+        places = zip_longest(found, here)
+        found = [max(filter(None, place), key=lambda one: (one[0] * one[1], one[2])) for place in places]
+        if all(one == (batch.per_device_rows, longest, ragged) for one in found):
+            break  # no later epoch has a larger one
+        # a window never spans two epochs: the last one of an epoch may be short, and still is a step
+        left -= math.ceil(rows / batch.global_batch_rows) * batch.global_batch_rows
+        epoch += 1
+    return [Shape(*one) for one in found]
+
+
+def forecast(plan: Plan) -> tuple[Estimate, Shape] | str:
+    """The memory of this run before it starts, and the micro-batch that decides it; why it is not known, which is no
+    reason not to train.
+    """
+    first, *later = largest_shapes(plan)
+    steps = plan.batch.accumulation_steps
+    cases = [(shape, steps) for shape in later]
+    if not later or (first.rows * first.tokens, first.padded) > (later[0].rows * later[0].tokens, later[0].padded):
+        cases.append((first, 1 if later else steps))  # what begins a window meets no gradients
+    try:
+        found = [
+            (estimate(plan.loaded, plan.facts, plan.strategy, shape, k, on_cpu=not has_accelerator()), shape)
+            for shape, k in cases
+        ]
+    except Exception as error:  # noqa: BLE001 - a model's own code may raise anything; loading it says what is really wrong
+        return f"not known beforehand: {reason(error)}"
+    return max(found, key=lambda pair: pair[0].step_bytes)
 
 
 def predicted(found: Estimate, shape: Shape, engine: str, process_bytes: int) -> dict:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 from torch import Tensor
 
 from finetune.batching.batch_size import batch_schedule
-from finetune.batching.layout import largest_micro_batches, split_into_micro_batches
+from finetune.batching.layout import split_into_micro_batches
 from finetune.batching.learning_rate import Schedule, lr_scaling, warmup_steps_of
 from finetune.batching.plan import BatchPlan
 from finetune.batching.windows import (
@@ -19,8 +18,6 @@ from finetune.batching.windows import (
     epoch_rows,
     next_window,
     planned_windows,
-    row_order,
-    rows_of_epoch,
     stream_window,
 )
 from finetune.data import collate as collating
@@ -33,12 +30,11 @@ from finetune.engine.optimizer import make_optimizer, optimizer_name
 from finetune.engine.scale_check import check_scale, start_probe_engine
 from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
-from finetune.errors import UserError, reason
+from finetune.errors import UserError
 from finetune.launch import preflight
 from finetune.launch.strategy import Strategy
-from finetune.memory.estimate import Estimate, estimate
 from finetune.memory.micro_batch import choose_micro_batch
-from finetune.memory.trace import Shape, outlined
+from finetune.memory.trace import outlined
 from finetune.model import load as model
 from finetune.model.parameters import Weights, parameter_elements
 from finetune.objectives.sft import SummedLoss
@@ -123,57 +119,6 @@ class Job:
         """One micro-batch (rows, tokens) of these rows of a source; an empty one for no rows."""
         padding = model.padding_id(self.plan.tokenizer, self.plan.facts.vocabulary)
         return collating.collate([source.row(i) for i in rows], padding)
-
-
-def largest_shapes(plan: Plan) -> list[Shape]:
-    """The micro-batches of this run with the most tokens: of those that begin a window, and of the later ones, which
-    meet gradients.
-
-    Exact for a constant batch over rows in memory; else one, the most there could be.
-    """
-    recipe, batch, train = plan.loaded.recipe, plan.batch, plan.data.train
-    training, sizes = recipe.training, plan.schedule.batch
-    if recipe.data.streaming or sizes.varies or sizes.adapts:
-        longest = recipe.data.max_length if recipe.data.streaming else int(train.lengths.max())
-        return [Shape(batch.per_device_rows, longest, batch.per_device_rows > 1)]
-    left = plan.schedule.planned_steps * batch.global_batch_rows
-    epochs = training.num_train_epochs if training.max_steps is None else math.inf
-    longest, ragged = (
-        int(train.lengths.max()),
-        batch.per_device_rows > 1 and int(train.lengths.min()) < int(train.lengths.max()),
-    )
-    found: list[tuple[int, int, bool]] = []  # of the first micro-batches, of the later ones
-    epoch = 0
-    while left > 0 and (rows := rows_of_epoch(len(train), epochs, epoch)):
-        order = row_order(len(train), training.seed, epoch)[: min(rows, left)]
-        here = largest_micro_batches(train.lengths, order, batch.global_batch_rows, batch.per_device_rows, batch.ranks)
-        places = zip_longest(found, here)
-        found = [max(filter(None, place), key=lambda one: (one[0] * one[1], one[2])) for place in places]
-        if all(one == (batch.per_device_rows, longest, ragged) for one in found):
-            break  # no later epoch has a larger one
-        # a window never spans two epochs: the last one of an epoch may be short, and still is a step
-        left -= math.ceil(rows / batch.global_batch_rows) * batch.global_batch_rows
-        epoch += 1
-    return [Shape(*one) for one in found]
-
-
-def forecast(plan: Plan) -> tuple[Estimate, Shape] | str:
-    """The memory of this run before it starts, and the micro-batch that decides it; why it is not known, which is no
-    reason not to train.
-    """
-    first, *later = largest_shapes(plan)
-    steps = plan.batch.accumulation_steps
-    cases = [(shape, steps) for shape in later]
-    if not later or (first.rows * first.tokens, first.padded) > (later[0].rows * later[0].tokens, later[0].padded):
-        cases.append((first, 1 if later else steps))  # what begins a window meets no gradients
-    try:
-        found = [
-            (estimate(plan.loaded, plan.facts, plan.strategy, shape, k, on_cpu=not has_accelerator()), shape)
-            for shape, k in cases
-        ]
-    except Exception as error:  # noqa: BLE001 - a model's own code may raise anything; loading it says what is really wrong
-        return f"not known beforehand: {reason(error)}"
-    return max(found, key=lambda pair: pair[0].step_bytes)
 
 
 def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> Plan:

@@ -66,7 +66,7 @@ def follow(
         if result.applied and step % settings.evaluation.eval_steps == 0 and not finished:
             progress = _evaluated(job, files, console, progress)
         # what may be the beginning of a spike is not saved over what came before it
-        if finished or result.stop or result.save or result.applied and step >= due and not far_out:
+        if finished or result.stop or result.save or (result.applied and step >= due and not far_out):
             if result.stop:
                 console.say("asked to stop: saving ...")
             problem = _save(job, root, progress, facts)

@@ -239,14 +239,9 @@ def _report(settled: Settled, engine, cases: list, architecture: str, full: bool
 
 def table(report: dict) -> str:
     """The report for people."""
-    from finetune.training.run import describe_strategy
-
     scale = report["scale"]
     lines = [
-        (
-            f"{report['model']} on {describe_strategy(Strategy(**report['strategy']))}: accumulated against one"
-            " float32 batch"
-        ),
+        (f"{report['model']} on {Strategy(**report['strategy']).describe()}: accumulated against one float32 batch"),
         (
             f"each summed loss is multiplied by {scale['ranks']} ranks x {scale['configured_steps']} configured steps"
             f" = {scale['loss_times']}, and divided by the window's trained tokens; the engine divides by the former"

@@ -67,7 +67,7 @@ def test_a_good_recipe_is_summarised(recipe, capsys):
     check(str(recipe), [], None)
     said = capsys.readouterr().out
     for words in (
-        "recipe.yaml is fine",
+        "recipe.yaml: OK",
         "LlamaForCausalLM, 448 token ids",
         "40 rows, ",
         "longest row",
@@ -209,7 +209,7 @@ def test_model_tokenizer_and_data_are_looked_at(recipe, capsys, monkeypatch, ove
 
 
 def test_only_a_sample_of_a_large_data_set_is_read(recipe, capsys, monkeypatch):
-    monkeypatch.setattr("finetune.commands.check.SAMPLE_ROWS", 20)
+    monkeypatch.setattr("finetune.commands.check_document.SAMPLE_ROWS", 20)
     check(str(recipe), [], None)
     assert "a sample of 16 rows" in capsys.readouterr().out
     check(str(recipe), ["data.max_rows=10", "training.max_steps=7"], None)

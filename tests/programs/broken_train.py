@@ -30,7 +30,7 @@ def break_down(rank: str) -> None:
 if is_launched():
     from finetune.objectives.sft import SummedLoss
     from finetune.training import step
-    from finetune.training.run import run_rank
+    from finetune.commands.train import run_rank
 
     seed, forward = step.seed_randomness, SummedLoss.forward
     now = [-1]

@@ -10,7 +10,7 @@ import sys
 
 from deepspeed.checkpoint import ds_to_universal
 
-from finetune.training.run import run_rank
+from finetune.commands.train import run_rank
 
 ds_to_universal._save_optimizer_state = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 run_rank(sys.argv[1:])

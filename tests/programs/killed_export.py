@@ -9,7 +9,7 @@ import signal
 import sys
 
 from finetune.model import save
-from finetune.training.run import run_rank
+from finetune.commands.train import run_rank
 
 save.export_model = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 run_rank(sys.argv[1:])

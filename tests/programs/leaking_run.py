@@ -6,7 +6,7 @@ import os
 import sys
 
 from finetune.report.run_folder import RunFiles
-from finetune.training.run import run_rank
+from finetune.commands.train import run_rank
 
 log = RunFiles.log
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 
 from finetune.batching.learning_rate import Schedule
-from finetune.training.run import run_rank
+from finetune.commands.train import run_rank
 
 learning_rate = Schedule.learning_rate
 

@@ -10,7 +10,7 @@ import sys
 import psutil
 
 from finetune.training import step
-from finetune.training.run import run_rank
+from finetune.commands.train import run_rank
 
 ROOM_BYTES = 4 * 2**20
 seed = step.seed_randomness

@@ -10,7 +10,7 @@ import sys
 import psutil
 
 from finetune.training import micro_batch_trial
-from finetune.training.run import run_rank
+from finetune.commands.train import run_rank
 
 ROOM_BYTES = 2**20
 accumulate, trials = micro_batch_trial.accumulate, []

@@ -8,7 +8,7 @@ import os
 import sys
 
 from finetune.memory import micro_batch
-from finetune.training.run import run_rank
+from finetune.commands.train import run_rank
 
 micro_batch.budget_bytes = lambda settled: (2**20 if os.environ["RANK"] == "0" else 2**21, "this device")
 run_rank(sys.argv[1:])

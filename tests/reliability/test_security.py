@@ -31,7 +31,7 @@ from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 from finetune.report import redact, run_folder
-from finetune.training.run import train_in_place
+from finetune.commands.train import train_in_place
 from tests.support.launch import ROOT, environment, launch_file, program, run, train
 from tests.support.saved_runs import COMMON
 from tests.support.tiny_models import small_recipe, tiny_model
