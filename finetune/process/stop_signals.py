@@ -77,7 +77,7 @@ def _end_at_the_second(heard: int) -> None:
         if number in (signal.SIGTERM, signal.SIGINT) and now - first > SECOND_SECONDS:
             place = heartbeat.here()
             message = (
-                f"stopped at once by a second {signal.Signals(number).name}. The same command goes on from the newest"
+                f"stopped at once by a second {signal.Signals(number).name}. The same command resumes from the newest"
                 " checkpoint."
             )
             end = End(place.rank, place.pid, time.time(), 128 + number, message)

@@ -107,12 +107,8 @@ class Job:
             return 0.0
         return window.epoch + (window.first_row + len(window.rows)) / len(self.train_rows)
 
-    def micro_batches(self, window: Window) -> list[dict[str, Tensor]]:
-        """This rank's micro-batches of a window, on the host; equally many on every rank, some perhaps empty."""
-        return [self.collate(self.train_rows, rows) for rows in self.share(window)]
-
-    def share(self, window: Window) -> list[tuple[int, ...]]:
-        """The rows of this rank's micro-batches of a window."""
+    def local_rows(self, window: Window) -> list[tuple[int, ...]]:
+        """The rows of this rank's micro-batches of a window; equally many on every rank, some perhaps empty."""
         return split_into_micro_batches(window.rows, self.engine.ranks, self.batch.per_device_rows)[self.engine.rank]
 
     def collate(self, source: TokenRows | StreamRows, rows: tuple[int, ...]) -> dict[str, Tensor]:

@@ -1,6 +1,4 @@
-"""What goes on beside the training steps: logging, evaluation, saving. Consumes loop.train(), which knows nothing of
-it.
-"""
+"""The training loop: steps, and beside them logging, evaluation and saving."""
 
 from __future__ import annotations
 
@@ -25,66 +23,36 @@ from finetune.training import loss_spike
 from finetune.training.job import Job
 from finetune.training.step import StepResult, evaluate, row_list, train
 
+NOT_LOGGED = ("position", "stop", "save")  # of a StepResult: for the loop alone
 
-def follow(
+
+def run_loop(
     job: Job, files: RunFiles, console: Console, progress: Progress, facts: dict, wishes: Callable[[], Wishes]
 ) -> Progress:
     """Train from `progress` to the end and return the progress there.
 
     `wishes` are what this rank was asked for. Raises StopRequested when one was asked to stop, after saving, and
-    Diverged."""
-    settings = job.plan.loaded.recipe
+    Diverged.
+    """
+    training = job.plan.loaded.recipe.training
     started = time.time() - progress.seconds
-    root = files.output_dir / CHECKPOINTS
-    every = settings.checkpoint.save_steps
-    due = (progress.position.step // every + 1) * every
+    save_at = _next_save(job, progress.position.step)
     if not progress.evaluations:
         progress = _evaluated(job, files, console, progress)
     console.start_bar(job.schedule.planned_steps, progress.position.step)
     before: deque[Position] = deque(maxlen=loss_spike.IN_A_ROW)  # where the last applied windows began
     for result in train(job, progress.position, wishes):
-        step = result.position.step
         if result.applied:
             before.append(progress.position)
-        progress = dataclasses.replace(
-            progress,
-            position=result.position,
-            train_loss=result.loss,
-            seconds=time.time() - started,
-            total_tokens=progress.total_tokens + result.tokens * result.applied,
-            recent_losses=(
-                loss_spike.remember(progress.recent_losses, result.loss) if result.applied else progress.recent_losses
-            ),
-        )
+        progress = _after(progress, result, time.time() - started)
         _log(job, files, console, result, progress)
         if result.applied and not math.isfinite(result.loss):
             continue  # never saved: train() ends the run
-        far_out = loss_spike.far_out(progress.recent_losses)
-        if far_out == loss_spike.IN_A_ROW and settings.training.stop_on_loss_spike and result.applied:
+        outliers = loss_spike.consecutive_outliers(progress.recent_losses)
+        if outliers == loss_spike.IN_A_ROW and training.stop_on_loss_spike and result.applied:
             raise Diverged(_spike(job, progress, before))
-        finished = job.schedule.finished(step, result.position.applied_rows)
-        if result.applied and step % settings.evaluation.eval_steps == 0 and not finished:
-            progress = _evaluated(job, files, console, progress)
-        # what may be the beginning of a spike is not saved over what came before it
-        if finished or result.stop or result.save or (result.applied and step >= due and not far_out):
-            if result.stop:
-                console.say("asked to stop: saving ...")
-            problem = _save(job, root, progress, facts)
-            # after a failure: soon again, the old checkpoint is still there
-            due = step + max(1, every // 10) if problem else (step // every + 1) * every
-            if problem:
-                console.say(
-                    f"warning: no checkpoint of step {step}: {problem}."
-                    + ("" if finished or result.stop else f" Training goes on; tried again at step {due}.")
-                )
-            if result.stop:
-                console.end_bar()
-                raise StopRequested(
-                    _stopped(step, f"could not be saved: {problem}" if problem else f"was saved to {root}")
-                )
-            if result.save:
-                (files.output_dir / SAVE_FILE).unlink(missing_ok=True)
-                console.say(f"asked to save: {'see the warning' if problem else f'step {step} is in {root}'}")
+        progress = _evaluate_if_due(job, files, console, progress, result)
+        save_at = _save_if_due(job, files, console, progress, facts, result, save_at, outliers)
     console.end_bar()
     progress = _evaluated(job, files, console, dataclasses.replace(progress, seconds=time.time() - started))
     if job.engine.all_reduce_sum(wishes().stop)[0]:
@@ -92,8 +60,76 @@ def follow(
     return progress
 
 
+def _after(progress: Progress, result: StepResult, seconds: float) -> Progress:
+    """The progress behind this window, `seconds` into the run."""
+    losses = progress.recent_losses
+    return dataclasses.replace(
+        progress,
+        position=result.position,
+        train_loss=result.loss,
+        seconds=seconds,
+        total_tokens=progress.total_tokens + result.tokens * result.applied,
+        recent_losses=loss_spike.remember(losses, result.loss) if result.applied else losses,
+    )
+
+
+def _evaluate_if_due(job: Job, files: RunFiles, console: Console, progress: Progress, result: StepResult) -> Progress:
+    """The progress with an evaluation in it where one is due; the last step's comes after the loop."""
+    every = job.plan.loaded.recipe.evaluation.eval_steps
+    if result.applied and result.step % every == 0 and not _finished(job, result):
+        return _evaluated(job, files, console, progress)
+    return progress
+
+
+def _save_if_due(
+    job: Job,
+    files: RunFiles,
+    console: Console,
+    progress: Progress,
+    facts: dict,
+    result: StepResult,
+    save_at: int,
+    outliers: int,
+) -> int:
+    """Save where it is due or asked for; the step at which the next save is due.
+
+    Raises StopRequested after the save that a stop asks for. While the last losses are `outliers`, nothing is
+    saved over the checkpoint from before them.
+    """
+    step, finished = result.step, _finished(job, result)
+    due = result.applied and step >= save_at and not outliers
+    if not (finished or result.stop or result.save or due):
+        return save_at
+    root = files.output_dir / CHECKPOINTS
+    if result.stop:
+        console.say("asked to stop: saving ...")
+    problem = _save(job, root, progress, facts)
+    # after a failure: soon again, the old checkpoint is still there
+    every = job.plan.loaded.recipe.checkpoint.save_steps
+    save_at = step + max(1, every // 10) if problem else _next_save(job, step)
+    if problem:
+        again = "" if finished or result.stop else f" Training continues; the next attempt is at step {save_at}."
+        console.say(f"warning: no checkpoint of step {step}: {problem}.{again}")
+    if result.stop:
+        console.end_bar()
+        raise StopRequested(_stopped(step, f"could not be saved: {problem}" if problem else f"was saved to {root}"))
+    if result.save:
+        (files.output_dir / SAVE_FILE).unlink(missing_ok=True)
+        console.say(f"asked to save: {'see the warning' if problem else f'step {step} is in {root}'}")
+    return save_at
+
+
+def _next_save(job: Job, step: int) -> int:
+    every = job.plan.loaded.recipe.checkpoint.save_steps
+    return (step // every + 1) * every
+
+
+def _finished(job: Job, result: StepResult) -> bool:
+    return job.schedule.finished(result.step, result.position.applied_rows)
+
+
 def _stopped(step: int, what: str) -> str:
-    return f"stopped on request after step {step}, which {what}. The same command goes on from the newest checkpoint."
+    return f"stopped on request after step {step}, which {what}. The same command resumes from the newest checkpoint."
 
 
 def _spike(job: Job, progress: Progress, before: Sequence[Position]) -> str:
@@ -102,10 +138,10 @@ def _spike(job: Job, progress: Progress, before: Sequence[Position]) -> str:
     first = job.next_window(before[0])
     return (
         f"loss spike: steps {progress.position.step - loss_spike.IN_A_ROW + 1} to {progress.position.step} have losses"
-        f" {', '.join(f'{loss:.4g}' for loss in spike)}; the {len(usual)} before have the median {median(usual):.4g},"
-        f" and more than {loss_spike.limit(usual):.4g} is far out. {row_list(first)}. The newest checkpoint is from"
-        " before the spike. Look at the rows, or go on with a lower training.learning_rate and"
-        " checkpoint.allow_changed=[training.learning_rate]; training.stop_on_loss_spike=false trains on."
+        f" {', '.join(f'{loss:.4g}' for loss in spike)}; median of the {len(usual)} steps before:"
+        f" {median(usual):.4g}; a loss above {loss_spike.limit(usual):.4g} counts as a spike. Its first batch:"
+        f" {row_list(first)}. The newest checkpoint is from before the spike. Look at the rows, or resume with a lower"
+        " training.learning_rate and checkpoint.allow_changed=[training.learning_rate]; training.stop_on_loss_spike=false trains on."
     )
 
 
@@ -140,7 +176,8 @@ def _log(job: Job, files: RunFiles, console: Console, result: StepResult, progre
     console.advance(result.step, result.loss, result.learning_rate, speed, peak)
     if not result.applied:
         console.say(
-            f"window {result.window} skipped: loss {result.loss}, gradient norm {result.grad_norm}; nothing was applied"
+            f"update {result.window} skipped: gradient is not finite (loss {result.loss}, norm {result.grad_norm});"
+            " weights unchanged"
         )
     if not result.applied or result.step % job.plan.loaded.recipe.logging.logging_steps == 0:
         files.log(row)
@@ -151,7 +188,7 @@ def metrics_of(result: StepResult, adapts: bool) -> dict:
     token.
     """
     noise = result.position.noise
-    row = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in ("position", "stop")}
+    row = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in NOT_LOGGED}
     if adapts:
         row |= {
             "gradient_noise_scale": noise.scale_tokens,

@@ -1,8 +1,9 @@
-"""When a loss has left the others: a rule on the last losses that one bad batch does not trip.
+"""Loss spikes: a rule on the last losses that one bad batch does not trip.
 
-A window is far out when its loss is above median + max(10 sigma, 1 nat) of the windows before it; sigma = 1.4826 x the
+A loss is an outlier when it is above median + max(10 sigma, 1 nat) of the windows before it; sigma = 1.4826 x the
 median absolute deviation, which is the standard deviation of normally distributed losses (Rousseeuw and Croux 1993) and
-does not follow outliers. One window far out is a bad row; three in a row are a run that has gone astray."""
+does not follow outliers. One outlier is a bad batch; three in a row are a spike.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +13,17 @@ from statistics import median
 
 IN_A_ROW = 3
 REMEMBERED = 64  # losses that a window is compared with
-LEAST = 32  # fewer say nothing about what is usual
-SIGMAS, LEAST_NATS = 10.0, 1.0
+MIN_HISTORY = 32  # fewer say nothing about what is usual
+SIGMAS, MIN_NATS = 10.0, 1.0
 
 
 def limit(before: Sequence[float]) -> float:
-    """The loss in nats above which the next window is far out; infinite after fewer than 32 windows."""
-    if len(before) < LEAST:
+    """The loss in nats above which the next window is an outlier; infinite after fewer than 32 windows."""
+    if len(before) < MIN_HISTORY:
         return math.inf
     middle = median(before)
     sigma = 1.4826 * median(abs(loss - middle) for loss in before)
-    return middle + max(SIGMAS * sigma, LEAST_NATS)
+    return middle + max(SIGMAS * sigma, MIN_NATS)
 
 
 def remember(losses: tuple[float, ...], loss: float) -> tuple[float, ...]:
@@ -30,8 +31,8 @@ def remember(losses: tuple[float, ...], loss: float) -> tuple[float, ...]:
     return (*losses, loss)[-(REMEMBERED + IN_A_ROW) :]
 
 
-def far_out(losses: Sequence[float]) -> int:
-    """How many of the last windows are far out against those before them, at most 3: 3 is a spike."""
+def consecutive_outliers(losses: Sequence[float]) -> int:
+    """How many of the last windows are outliers against those before them, at most 3: 3 is a spike."""
     for count in range(IN_A_ROW, 0, -1):
         if min(losses[-count:], default=0.0) > limit(losses[:-count]):
             return count

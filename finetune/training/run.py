@@ -29,7 +29,7 @@ from finetune.report.console import Console
 from finetune.report.run_folder import RunFiles, is_finished
 from finetune.training import banner, forecast
 from finetune.training.job import Job, Plan, assemble, outlined_weights, prepare_plan
-from finetune.training.loop import follow, summary_of
+from finetune.training.loop import run_loop, summary_of
 from finetune.training.micro_batch_trial import confirmed
 from finetune.training.out_of_memory import explained
 from finetune.training.resume import begin, facts_of
@@ -162,7 +162,7 @@ def _train_and_export(job: Job, files: RunFiles, console: Console, facts: dict, 
         listening(files.output_dir) as wishes,
         watching(seconds, lambda code, message: files.update(status="failed", exit_code=code, message=message)),
     ):
-        progress = follow(job, files, console, progress, facts, wishes)
+        progress = run_loop(job, files, console, progress, facts, wishes)
         at("writing the model", slow=True)
         console.say("writing the model ...")
         export_model(job.engine, job.plan.tokenizer, job.plan.facts.export_dtype, model_dir)

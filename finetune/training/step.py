@@ -66,12 +66,11 @@ def train(job: Job, position: Position = Position(), wishes: Callable[[], Wishes
 
 
 def train_window(job: Job, window: Window, position: Position, wishes: Callable[[], Wishes]) -> StepResult:
-    """One window: count its trained tokens over all ranks, then accumulate its micro-batches into one optimizer
-    step.
-    """
+    """One window: count its trained tokens over all ranks, then accumulate its micro-batches into one step."""
     started = time.perf_counter()
     engine = job.engine
-    micro_batches = job.micro_batches(window)  # this rank's share; the same number on every rank
+    local_rows = job.local_rows(window)
+    micro_batches = [job.collate(job.train_rows, rows) for rows in local_rows]
     learning_rate = job.schedule.learning_rate(position.step, position.applied_rows, position.noise.doublings)
     tokens, input_tokens = engine.all_reduce_sum(
         sum(trained_tokens(batch) for batch in micro_batches),
@@ -80,12 +79,9 @@ def train_window(job: Job, window: Window, position: Position, wishes: Callable[
     engine.set_lr(learning_rate)
     watch = engine.track_gradient_norms(tokens) if job.measures_noise(window) else None
     summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for k, (rows, micro_batch) in enumerate(zip(job.share(window), micro_batches, strict=True)):
-        at(
-            f"window {window.index + 1} (after step {position.step}), micro-batch {k + 1} of {len(micro_batches)}",
-            rows,
-            micro_batch["input_ids"].shape,
-        )
+    for k, (rows, micro_batch) in enumerate(zip(local_rows, micro_batches, strict=True)):
+        where = f"window {window.index + 1} (after step {position.step}), micro-batch {k + 1} of {len(micro_batches)}"
+        at(where, rows, micro_batch["input_ids"].shape)
         seed_randomness(job.seed, window.index, k, engine.rank)
         summed_loss += engine.micro_step(micro_batch, denominator=tokens, last=k == len(micro_batches) - 1)
         if watch:
@@ -146,9 +142,10 @@ def evaluate(job: Job) -> float:
     summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     tokens = 0
     with engine.evaluating():
-        for rows in split_into_micro_batches(range(len(job.evaluation_rows)), engine.ranks, job.batch.per_device_rows)[
-            engine.rank
-        ]:
+        rows_of_ranks = split_into_micro_batches(
+            range(len(job.evaluation_rows)), engine.ranks, job.batch.per_device_rows
+        )
+        for rows in rows_of_ranks[engine.rank]:
             # padded with empty micro-batches to the same number per rank
             batch = job.collate(job.evaluation_rows, rows)
             at("evaluation", rows, batch["input_ids"].shape)
@@ -175,12 +172,12 @@ def _refuse_divergence(job: Job, result: StepResult, window: Window) -> None:
     if (finite or not result.applied) and result.position.skipped_in_a_row < most:
         return
     raise Diverged(
-        f"diverged in window {result.window} (step {result.step}): loss {result.loss}, gradient norm"
-        f" {result.grad_norm}, {result.position.skipped_in_a_row} windows in a row not applied. {row_list(window)}. No"
-        " weights were written. Lower training.learning_rate, warm up longer, or look at the rows."
+        f"training diverged at step {result.step}: {result.position.skipped_in_a_row} consecutive updates skipped,"
+        f" loss or gradient not finite (loss {result.loss}, norm {result.grad_norm}). Last batch: {row_list(window)}."
+        " No model was exported. Lower training.learning_rate, warm up longer, or look at the rows."
     )
 
 
 def row_list(window: Window) -> str:
     """The rows of a window in words, the first 16."""
-    return f"Rows of window {window.index + 1}: {row_numbers(window.rows)} of the training data, counted from 0"
+    return f"training rows {row_numbers(window.rows)}, counted from 0"

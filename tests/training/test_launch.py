@@ -125,7 +125,7 @@ def test_train_returns_the_trainers_status_and_ends_with_its_message(recipe, env
     diverged = finetune_train(recipe, *arguments, "training.learning_rate=1e30", cwd=tmp_path, env=env)
     assert diverged.returncode == 4, diverged.stderr[-3000:]
     last = diverged.stderr.rstrip().splitlines()[-1]
-    assert last.startswith("diverged in window 4") and "Lower training.learning_rate" in last
+    assert last.startswith("training diverged at step ") and "Lower training.learning_rate" in last
     found = document(tmp_path / "out")
     assert (found["status"], found["exit_code"], found["message"]) == ("failed", 4, last)
     assert not (tmp_path / "out" / "model").exists()

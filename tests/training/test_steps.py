@@ -71,7 +71,7 @@ def test_weights_that_are_not_finite_end_the_run_after_three_windows(start):
     last_norm(job).data[0] = torch.inf
     assert [next(steps).applied for _ in range(3)] == [False] * 3
     with pytest.raises(
-        Diverged, match=r"diverged in window 4 \(step 1\).*3 windows in a row not applied. Rows of window 4: "
+        Diverged, match=r"training diverged at step 1: 3 consecutive updates skipped.*Last batch: training rows "
     ):
         next(steps)
 
