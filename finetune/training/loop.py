@@ -141,7 +141,8 @@ def _spike(job: Job, progress: Progress, before: Sequence[Position]) -> str:
         f" {', '.join(f'{loss:.4g}' for loss in spike)}; median of the {len(usual)} steps before:"
         f" {median(usual):.4g}; a loss above {loss_spike.limit(usual):.4g} counts as a spike. Its first batch:"
         f" {row_list(first)}. The newest checkpoint is from before the spike. Look at the rows, or resume with a lower"
-        " training.learning_rate and checkpoint.allow_changed=[training.learning_rate]; training.stop_on_loss_spike=false trains on."
+        " training.learning_rate and checkpoint.allow_changed=[training.learning_rate];"
+        " training.stop_on_loss_spike=false trains on."
     )
 
 
