@@ -28,9 +28,9 @@ def break_down(rank: str) -> None:
 
 
 if is_launched():
+    from finetune.commands.train import run_rank
     from finetune.objectives.sft import SummedLoss
     from finetune.training import step
-    from finetune.commands.train import run_rank
 
     seed, forward = step.seed_randomness, SummedLoss.forward
     now = [-1]

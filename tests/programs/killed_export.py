@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 
-from finetune.model import save
 from finetune.commands.train import run_rank
+from finetune.model import save
 
 save.export_model = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 run_rank(sys.argv[1:])

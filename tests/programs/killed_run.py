@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 
-from finetune.report.run_folder import RunFiles
 from finetune.commands.train import run_rank
+from finetune.report.run_folder import RunFiles
 
 log = RunFiles.log
 

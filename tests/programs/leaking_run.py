@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from finetune.report.run_folder import RunFiles
 from finetune.commands.train import run_rank
+from finetune.report.run_folder import RunFiles
 
 log = RunFiles.log
 

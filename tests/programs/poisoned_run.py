@@ -7,9 +7,9 @@ from __future__ import annotations
 import os
 import sys
 
+from finetune.commands.train import run_rank
 from finetune.objectives.sft import SummedLoss
 from finetune.training import step
-from finetune.commands.train import run_rank
 
 POISONED = {int(number) for number in sys.argv[1].split(",")}
 seed, forward = step.seed_randomness, SummedLoss.forward

@@ -9,8 +9,8 @@ import sys
 
 import psutil
 
-from finetune.training import step
 from finetune.commands.train import run_rank
+from finetune.training import step
 
 ROOM_BYTES = 4 * 2**20
 seed = step.seed_randomness

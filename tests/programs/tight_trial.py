@@ -9,8 +9,8 @@ import sys
 
 import psutil
 
-from finetune.training import micro_batch_trial
 from finetune.commands.train import run_rank
+from finetune.training import micro_batch_trial
 
 ROOM_BYTES = 2**20
 accumulate, trials = micro_batch_trial.accumulate, []

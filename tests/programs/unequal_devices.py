@@ -7,8 +7,8 @@ from __future__ import annotations
 import os
 import sys
 
-from finetune.memory import micro_batch
 from finetune.commands.train import run_rank
+from finetune.memory import micro_batch
 
 micro_batch.budget_bytes = lambda settled: (2**20 if os.environ["RANK"] == "0" else 2**21, "this device")
 run_rank(sys.argv[1:])

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from finetune.commands.train import train_in_place
 from finetune.launch import compatibility
 from finetune.launch.config_file import read_launch_file
 from finetune.launch.preflight import settle
 from finetune.recipe.load import load_recipe
 from finetune.recipe.strict_yaml import parse
-from finetune.commands.train import train_in_place
 from tests.support.data import write_jsonl
 from tests.support.tiny_models import chat_rows, tiny_model
 

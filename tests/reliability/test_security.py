@@ -22,6 +22,7 @@ from finetune.checkpoint import manifest, snapshots
 from finetune.checkpoint.export import export_checkpoint
 from finetune.checkpoint.identity import differences
 from finetune.commands.cli import app
+from finetune.commands.train import train_in_place
 from finetune.engine.optimizer import make_optimizer
 from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
@@ -31,7 +32,6 @@ from finetune.model import load as model
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 from finetune.report import redact, run_folder
-from finetune.commands.train import train_in_place
 from tests.support.launch import ROOT, environment, launch_file, program, run, train
 from tests.support.saved_runs import COMMON
 from tests.support.tiny_models import small_recipe, tiny_model
