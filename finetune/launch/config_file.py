@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from finetune.errors import UserError
 from finetune.launch.strategy import PRECISIONS, TARGETS, Precision, Strategy, Target
-from finetune.recipe.foreign_keys import NO_ZENFLOW
+from finetune.recipe.foreign_keys import SAID_IN_WORDS
 from finetune.recipe.strict_yaml import Document, KeyPath, dotted, parse
 from finetune.recipe.suggest import closest
 
@@ -22,15 +22,20 @@ INERT = frozenset(
 READ = frozenset(
     "compute_environment distributed_type mixed_precision use_cpu num_processes num_machines deepspeed_config".split()
 )
-# Ways to train that accelerate knows and this project does not; harmless while empty.
+# Ways to train that accelerate or DeepSpeed knows and this project does not; harmless while empty.
 UNSUPPORTED = frozenset(
-    "fp8_config fsdp_config parallelism_config megatron_lm_config mpirun_config dynamo_config dynamo_backend".split()
+    "fp8_config fsdp_config parallelism_config megatron_lm_config mpirun_config dynamo_config dynamo_backend "
+    "deepspeed_config_file zenflow".split()
 )
+INSTEAD = {  # what to do instead, for two of them
+    "deepspeed_config_file": "Write its settings under deepspeed_config; see accelerate_configs/zero3_offload.yaml.",
+    "zenflow": SAID_IN_WORDS["zenflow"],
+}
 DEEPSPEED_KEYS = frozenset(
     "zero_stage offload_optimizer_device offload_param_device offload_optimizer_nvme_path offload_param_nvme_path "
     "gradient_accumulation_steps gradient_clipping zero3_init_flag zero3_save_16bit_model deepspeed_hostfile "
-    "deepspeed_exclusion_filter deepspeed_inclusion_filter deepspeed_multinode_launcher deepspeed_moe_layer_cls_names "
-    "deepspeed_config_file".split()
+    "deepspeed_exclusion_filter deepspeed_inclusion_filter deepspeed_multinode_launcher "
+    "deepspeed_moe_layer_cls_names".split()
 )
 DISTRIBUTED = ("NO", "MULTI_GPU", "DEEPSPEED")
 Choice = TypeVar("Choice", bound=str)
@@ -167,10 +172,8 @@ def check_keys(file: LaunchFile) -> None:
     """Refuses keys that accelerate does not know (it stops, or ignores them) and ways to train that we do not have."""
     known = INERT | READ | UNSUPPORTED
     for key, value in file.values.items():
-        if key == "zenflow":
-            file.refuse(key, f"zenflow is not supported here. {NO_ZENFLOW}")
-        elif key in UNSUPPORTED and value and value not in ("no", "NO", {"dynamo_backend": "NO"}):
-            file.refuse(key, f"{key} is not supported here; see accelerate_configs/ for what is.")
+        if key in UNSUPPORTED and value and value not in ("no", "NO", {"dynamo_backend": "NO"}):
+            file.refuse(key, _unsupported(key, key))
         elif key in DEEPSPEED_KEYS:
             file.refuse(key, f"{key} belongs under deepspeed_config.")
         elif key == "fp16":
@@ -181,15 +184,16 @@ def check_keys(file: LaunchFile) -> None:
     if section is not None and not isinstance(section, dict):
         file.refuse("deepspeed_config", f"deepspeed_config is {_show(section)}; it must be a mapping.")
     for key in file.deepspeed:
-        if key == "zenflow":
-            file.refuse(("deepspeed_config", key), f"deepspeed_config.zenflow is not supported here. {NO_ZENFLOW}")
-        elif key == "deepspeed_config_file":
-            advice = "write its settings under deepspeed_config, as accelerate_configs/zero3_offload.yaml does."
-            file.refuse(("deepspeed_config", key), f"deepspeed_config.{key} is not supported here; {advice}")
+        if key in UNSUPPORTED:
+            file.refuse(("deepspeed_config", key), _unsupported(key, f"deepspeed_config.{key}"))
         elif key not in DEEPSPEED_KEYS:
             place = " It is a key of the top level." if key in known else closest(key, sorted(DEEPSPEED_KEYS))
             # accelerate ignores such a key without a warning
             file.refuse(("deepspeed_config", key), f"deepspeed_config.{key} is not a key that accelerate reads.{place}")
+
+
+def _unsupported(key: str, shown: str) -> str:
+    return f"{shown} is not supported here. {INSTEAD.get(key, 'See accelerate_configs/ for what is.')}"
 
 
 def check_ranks(file: LaunchFile, kind: str, ranks: int, machines: int, use_cpu: bool) -> None:

@@ -216,14 +216,14 @@ BY_TOOL: Mapping[str, Mapping[str, str]] = {
 }
 FOREIGN: Mapping[str, str] = {name: target for names in BY_TOOL.values() for name, target in names.items()}
 
-NO_ZENFLOW = (
+_NO_ZENFLOW = (
     "Sparse accumulation (DeepSpeed's ZenFlow) is refused: deepspeed 0.19.8 transposes the weights when it starts and"
     " trains and saves a wrong model (docs/sparse_accumulation.md). Leave it out; to run the optimizer on the host less"
     " often, use accelerate_configs/zero2_offload.yaml with a larger training.global_batch_size."
 )
 SAID_IN_WORDS: Mapping[str, str] = {
-    "zenflow": NO_ZENFLOW,
-    "sparse": NO_ZENFLOW,
+    "zenflow": _NO_ZENFLOW,
+    "sparse": _NO_ZENFLOW,
     "load_in_8bit": "There is no 8-bit base here; use model.load_in_4bit with a lora section, or leave it out.",
     "chat_template": "The tokenizer's own chat template is used; leave it out.",
     "template": "The tokenizer's own chat template is used; leave it out.",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from finetune.recipe.foreign_keys import FOREIGN, NO_ZENFLOW, SAID_IN_WORDS
+from finetune.recipe.foreign_keys import FOREIGN, SAID_IN_WORDS
 
 # Keys that are planned but do nothing yet; they do not exist until they work.
 LATER = frozenset(("training.objective", "training.pure_bf16", "training.global_batch_tokens"))
@@ -51,7 +51,7 @@ def suggest_inside(value: Any, own: Mapping[str, Iterable[str]], limit: int = 8)
             if isinstance(key, str) and (target := _target(_plain(key), own)):
                 found.setdefault(key, target)
             elif key == "zenflow":
-                refused = f" {NO_ZENFLOW}"
+                refused = f" {SAID_IN_WORDS[key]}"
     pairs = [f"{key} is {target}" for key, target in list(found.items())[:limit]]
     return (f" Inside it, {', '.join(pairs)}." if pairs else "") + refused
 

@@ -12,9 +12,10 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.launch.config_file import read_launch_file
-from finetune.recipe.foreign_keys import NO_ZENFLOW
+from finetune.recipe.foreign_keys import SAID_IN_WORDS
 from finetune.recipe.load import load_recipe
 
+NO_ZENFLOW = SAID_IN_WORDS["zenflow"]
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = "model: {name_or_path: org/model}\ndata: {train: [{path: org/rows}]}\noutput_dir: x\n"
 ZERO2 = (
