@@ -19,7 +19,7 @@ from finetune.report.text import human_bytes, human_seconds
 ROOT = Path(__file__).resolve().parents[2]
 
 PAGE = ROOT / "docs" / "memory.md"
-TEXT = ROOT / "scripts" / "memory_page.md"  # the prose; {tables} is where the tables go
+TEXT = ROOT / "scripts" / "docs" / "memory_page.md"  # the prose; {tables} is where the tables go
 GIB = 2**30
 COLUMNS = {
     "parameters": "parameters",
@@ -131,7 +131,9 @@ def _verdict(found: dict) -> list[str]:
     stands = found["as_it_stands"]
     three = " / ".join(human_bytes(stands["device"][name]) for name in ("low", "expected", "high"))
     host = human_bytes(stands["host_total"]["expected"])
-    lines = [f"As it stands: **{found['verdict']}** (device, low / expected / high: {three}; host {host} per machine)."]
+    lines = [
+        f"As configured: **{found['verdict']}** (device, low / expected / high: {three}; host {host} per machine)."
+    ]
     change = found["change"]
     if change:
         lines.append(
@@ -142,7 +144,7 @@ def _verdict(found: dict) -> list[str]:
     elif found["nearest"]:
         near = found["nearest"]
         lines.append(
-            f"No change of the ladder makes it fit; nearest is {near['name']}, by"
+            f"None of the known changes makes it fit; nearest is {near['name']}, by"
             f" {human_bytes(near['over_device_bytes'])} on the device and {human_bytes(near['over_host_bytes'])} on the"
             " host."
         )
