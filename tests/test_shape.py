@@ -27,7 +27,6 @@ ROOMS = (
 # (importing room, imported room): arrows that still point up
 PENDING = {
     ("batching", "launch"),
-    ("model", "engine"),
     ("process", "launch"),
     ("engine", "memory"),
     ("launch", "memory"),

@@ -14,8 +14,10 @@ from finetune.engine.kinds import read_trained
 from finetune.engine.libraries import prepare_libraries
 from finetune.errors import UserError
 from finetune.launch.strategy import one_process
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import grow_embedding, load_model
 from finetune.model.save import write_model
+from finetune.model.tokenizer import load_tokenizer
 from finetune.recipe.load import Loaded, load_resolved
 from finetune.report import redact
 
@@ -40,12 +42,12 @@ def export_checkpoint(run: str, step: str, output: Path, trust_remote_code: bool
         )
     same = found.facts["same"]
     prepare_libraries(use_cpu=True)
-    facts = model.facts(loaded)
-    tokenizer = model.load_tokenizer(loaded)
+    facts = read_facts(loaded)
+    tokenizer = load_tokenizer(loaded)
     _refuse_another_model(found, loaded, tokenizer)
     saved = read_trained(found.folder, sharded=same["engine"] == "DeepSpeed")
     where = torch.device("cpu" if loaded.recipe.lora is None else "meta")
-    network = model.load_model(loaded, one_process(same["mixed precision"], use_cpu=True), facts, where)
+    network = load_model(loaded, one_process(same["mixed precision"], use_cpu=True), facts, where)
     state = _whole_state(found, network, saved)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_model(state, network, tokenizer, output, facts.export_dtype)
@@ -83,7 +85,7 @@ def _whole_state(found: Snapshot, network: nn.Module, saved: dict[str, Tensor]) 
         )
     embedding = next((n for n, p in trained.items() if p is network.get_input_embeddings().weight), None)
     if embedding is not None and len(saved[embedding]) > len(trained[embedding]):
-        model.grow_embedding(network, len(saved[embedding]))  # the run let it grow for its data's tokens
+        grow_embedding(network, len(saved[embedding]))  # the run let it grow for its data's tokens
     state = {name: saved[name] for name in trained}
     if not hasattr(network, "peft_config"):
         persistent = network.state_dict().keys()

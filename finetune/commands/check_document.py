@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.prepare import PreparedData, prepare
 from finetune.engine.deepspeed.buffers import derive_settings
 from finetune.launch.preflight import Settled, batch_line
-from finetune.memory.trace import outlined
-from finetune.model.load import facts, load_tokenizer
+from finetune.model.facts import read_facts
+from finetune.model.outline import outlined
+from finetune.model.tokenizer import load_tokenizer
 from finetune.recipe.load import Loaded
 from finetune.training import banner
 from finetune.training.job import check_rows, make_schedule
@@ -23,7 +24,7 @@ SAMPLE_ROWS = 1000
 def model_and_data(settled: Settled) -> dict[str, Any]:
     """`model`, `tokenizer` and `data` of the command's document. Raises UserError."""
     loaded = settled.loaded
-    model = facts(loaded)
+    model = read_facts(loaded)
     tokenizer = load_tokenizer(loaded)
     samples, whole = _samples(loaded, tokenizer)
     for data in samples:
@@ -42,7 +43,7 @@ def model_and_data(settled: Settled) -> dict[str, Any]:
 
 def deepspeed_settings(settled: Settled) -> dict[str, int]:
     """DeepSpeed's buffers, sized for the model."""
-    return derive_settings(outlined(settled.loaded, facts(settled.loaded))[2], settled.strategy)
+    return derive_settings(outlined(settled.loaded, read_facts(settled.loaded))[2], settled.strategy)
 
 
 def _samples(loaded: Loaded, tokenizer: PreTrainedTokenizerBase) -> tuple[list[PreparedData], bool]:

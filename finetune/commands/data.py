@@ -55,10 +55,11 @@ def examine(loaded: Loaded, samples: int) -> dict:
     strategy = one_process()
     prepare_libraries(strategy.use_cpu)
     from finetune.data.prepare import tokenise
-    from finetune.model import load as model
+    from finetune.model.facts import read_facts
+    from finetune.model.tokenizer import load_tokenizer
     from finetune.training.job import check_rows
 
-    facts, tokenizer = model.facts(loaded), model.load_tokenizer(loaded)
+    facts, tokenizer = read_facts(loaded), load_tokenizer(loaded)
     said: list[str] = []
     if loaded.recipe.data.streaming:
         loaded = loaded.sample(_STREAMED_ROWS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finetune.engine.libraries import prepare_libraries
 from finetune.errors import UserError
-from finetune.model.load import DTYPES
+from finetune.model.facts import DTYPES
 
 # Relative L2 difference of the logits, computed in float32: what rounding the merged weights to that dtype may cost.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}

@@ -22,7 +22,7 @@ def answers(
     from transformers import GenerationConfig
 
     from finetune.model import saved
-    from finetune.model.save import stop_token_ids
+    from finetune.model.tokenizer import stop_token_ids
 
     found = saved.find(model)
     tokenizer = saved.load_tokenizer(found)

@@ -32,7 +32,7 @@ from finetune.memory.strategies import (
     outcome,
     table,
 )
-from finetune.model.load import facts
+from finetune.model.facts import read_facts
 from finetune.model.parameters import ITEMS
 from finetune.process.host_memory import host_memory
 from finetune.recipe import sizes
@@ -57,7 +57,7 @@ def document(
     """
     warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft settles it itself
     settled = dataclasses.replace(settled, loaded=_traceable(settled.loaded, notes))
-    model = facts(settled.loaded)
+    model = read_facts(settled.loaded)
     tokens = min(settled.loaded.recipe.data.max_length, model.max_positions or sys.maxsize)
     ground = Ground(settled, model, tokens, _machine(settled, device_bytes, host_bytes))
     gc.freeze()  # traces make objects by the million, and what was imported need not be looked through each time

@@ -17,10 +17,10 @@ from finetune.engine.deepspeed import buffers
 from finetune.errors import UserError, reason
 from finetune.launch.strategy import Strategy
 from finetune.memory import activations, formulas
-from finetune.memory.trace import Numbers, Profile, Shape, continued, outlined, part_of, profile, weights_of
+from finetune.memory.trace import Numbers, Profile, Shape, continued, part_of, profile
 from finetune.memory.zero import resident as zero
-from finetune.model import load as model
-from finetune.model.load import ModelFacts
+from finetune.model.facts import ModelFacts
+from finetune.model.outline import outline, outlined, weights_of_outline
 from finetune.model.parameters import Resident, Weights
 from finetune.process.host_memory import DTYPE_BYTES
 from finetune.recipe.load import Loaded
@@ -208,8 +208,8 @@ def _guessed(loaded: Loaded, facts: ModelFacts, shape: Shape, numbers: Numbers) 
     """
     key = "model.name_or_path"
     try:
-        network = model.outline(loaded, facts)
-        config, weights = network.config.get_text_config(), weights_of(network, loaded)
+        network = outline(loaded, facts)
+        config, weights = network.config.get_text_config(), weights_of_outline(network, loaded)
         decoder = _decoder_shape(config, facts)
     except UserError:
         raise

@@ -13,7 +13,7 @@ from finetune.errors import UserError
 from finetune.launch.preflight import Settled, fewest_rows
 from finetune.memory.estimate import HOST_LIBRARIES_BYTES, Estimate, estimate
 from finetune.memory.trace import Shape
-from finetune.model.load import ModelFacts
+from finetune.model.facts import ModelFacts
 from finetune.process.host_memory import host_memory
 from finetune.recipe.sizes import parse_bytes
 from finetune.report.text import human_bytes

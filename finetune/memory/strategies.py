@@ -16,7 +16,7 @@ from finetune.launch.strategy import Strategy
 from finetune.memory.estimate import HOST_LIBRARIES_BYTES, Estimate, Range, estimate
 from finetune.memory.micro_batch import largest_that_fits, micro_batches, needed_bytes
 from finetune.memory.trace import Shape
-from finetune.model.load import ModelFacts
+from finetune.model.facts import ModelFacts
 from finetune.recipe.fields import LoraSection
 from finetune.recipe.load import Loaded
 

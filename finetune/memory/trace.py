@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from finetune.engine.clipping import clip_on_cpu
 from finetune.engine.optimizer import parameter_groups, torch_adamw
 from finetune.engine.storages import StorageTracker, pretending, without_padding
-from finetune.launch.compatibility import FLASH
-from finetune.model import load as model
-from finetune.model.load import ModelFacts
-from finetune.model.parameters import Weight, Weights
+from finetune.model.facts import ModelFacts
+from finetune.model.outline import outline, outlined, repeated_layers
+from finetune.model.parameters import Weights
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import Loaded
 
@@ -116,30 +115,6 @@ def profile(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int,
     return Profile(series, weights)
 
 
-_outlined: dict[tuple, tuple[int, int, Weights]] = {}
-
-
-def outlined(loaded: Loaded, facts: ModelFacts) -> tuple[int, int, Weights]:
-    """(layers, after how many they repeat, parameters) of the whole model, whose outline is built once.
-
-    Layers whose parameters are not those of the layer one period before (adapters on some of them only, some with
-    experts) repeat nothing."""
-    recipe = loaded.recipe
-    key = (recipe.model, recipe.lora and recipe.lora.model_dump_json(), facts)
-    if key not in _outlined:
-        network = model.outline(loaded, facts)
-        config = network.config.get_text_config()
-        period = model.repeats(config)
-        kinds = [
-            [(name, p.shape, p.requires_grad) for name, p in layer.named_parameters()]
-            for layer in repeated_layers(network)
-        ]
-        if kinds[period:] != kinds[:-period]:
-            period = config.num_hidden_layers
-        _outlined[key] = (config.num_hidden_layers, period, weights_of(network, loaded))
-    return _outlined[key]
-
-
 def continued(first: Series, second: Series, times: Fraction | int) -> Series:
     """The series of a model that has `times` periods of layers more than `first`, where `second` has one more.
 
@@ -157,35 +132,6 @@ def continued(first: Series, second: Series, times: Fraction | int) -> Series:
     return series
 
 
-def weights_of(network: nn.Module, loaded: Loaded) -> Weights:
-    """The parameters of an outline as the memory arithmetic sees them; with 4-bit weights, those that will be quantised
-    are marked.
-    """
-    layers = repeated_layers(network)
-    number = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
-    packed = set()
-    if loaded.recipe.model.load_in_4bit:
-        head = network.get_output_embeddings()
-        # integrations/bitsandbytes.py of transformers 5.23: linear layers, and GPT-2's, which hold their weight the
-        # other way round
-        packed = {
-            id(m.weight)
-            for m in network.modules()
-            if (type(m) is nn.Linear or type(m).__name__ == "Conv1D") and m is not head and not m.weight.requires_grad
-        }
-    found = tuple(
-        Weight(name, p.numel(), p.requires_grad, float(p.element_size()), number.get(id(p)), id(p) in packed)
-        for name, p in network.named_parameters()
-    )
-    return Weights(found, sum(b.numel() * b.element_size() for b in network.buffers()))
-
-
-def repeated_layers(network: nn.Module) -> list[nn.Module]:
-    """The model's transformer layers in their order; [] where none are found."""
-    depth = network.config.get_text_config().num_hidden_layers
-    return next((list(m) for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), [])
-
-
 def trace(
     loaded: Loaded,
     facts: ModelFacts,
@@ -198,9 +144,7 @@ def trace(
     """What is alive during one window of a model of `layers` layers (None: all of them), after a window that made the
     optimizer's states.
     """
-    # flash attention looks into its masks; sdpa's kernels keep as much for the backward
-    flash = loaded.recipe.model.attn_implementation in FLASH
-    network = model.outline(loaded, facts, layers, attention="sdpa" if flash else None)
+    network = outline(loaded, facts, layers)
     lora, packed = loaded.recipe.lora is not None, loaded.recipe.model.load_in_4bit
     if numbers.precision != "no" and (numbers.casts or packed):
         # with packed weights bitsandbytes computes with weights of this type, made from them each time

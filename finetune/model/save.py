@@ -6,18 +6,21 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from finetune.engine.engine import Engine
 from finetune.errors import FinetuneError
 from finetune.model.parameters import parameter_shape
+from finetune.model.tokenizer import stop_token_ids
 from finetune.report.run_folder import read_json, write_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 BASE_FILE = "finetune_base.json"  # beside an adapter: how its frozen base was held while it was trained
-TURN_TEXT = "answer"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -28,19 +31,10 @@ class BrokenExport(FinetuneError):
     exit_code = 4
 
 
-def export_model(engine: Engine, tokenizer, dtype: str, folder: Path) -> None:
-    """Gather the trained weights from every rank and write `folder` on rank 0. A collective. Raises BrokenExport."""
-    model = engine.inner_model()
-    state = engine.full_state_dict(only_trained=hasattr(model, "peft_config"))
-    if engine.rank == 0:
-        write_model(state, model, tokenizer, folder, dtype)
-    engine.barrier()
-
-
 def write_model(
     state: dict[str, Tensor],
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     dtype: str,
     verify: Callable[[Path], None] | None = None,
@@ -94,7 +88,7 @@ def _save_full(state: dict[str, Tensor], model: nn.Module, folder: Path, dtype: 
     expected = {name: tuple(value.shape) for name, value in revert_weight_conversion(model, shapes).items()}
     model.save_pretrained(folder, state_dict=state)
     # it wrote the training dtype
-    write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": dtype})
+    write_json(folder / "config.json", (read_json(folder / "config.json") or {}) | {"dtype": dtype})
     return expected
 
 
@@ -108,7 +102,7 @@ def _save_adapter(state: dict[str, Tensor], model: nn.Module, folder: Path, dtyp
     return {n: tuple(v.shape) for n, v in get_peft_model_state_dict(model, state, save_embedding_layers=False).items()}
 
 
-def _stop_at_turn_end(folder: Path, tokenizer) -> None:
+def _stop_at_turn_end(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let plain generate() stop where the chat template ends a turn. On the file: transformers refuses to save a
     changed generation config when the original was odd."""
     path = folder / "generation_config.json"
@@ -121,22 +115,6 @@ def _stop_at_turn_end(folder: Path, tokenizer) -> None:
             write_json(path, config | {"eos_token_id": stops[0] if len(stops) == 1 else stops})
 
 
-def stop_token_ids(tokenizer) -> list[int]:
-    """Tokens that end an answer: what the chat template writes after an assistant turn, and eos."""
-    from jinja2.exceptions import TemplateError
-
-    stops = []
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": TURN_TEXT}]
-        try:
-            tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(TURN_TEXT)[2]
-        except TemplateError:
-            tail = ""
-        added = tokenizer.added_tokens_decoder
-        stops = [i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in added][:1]
-    return list(dict.fromkeys(stops + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])))
-
-
 def check_folder(folder: Path, expected: Shapes, adapter: bool) -> None:
     """Compare the safetensors files with the expected names and shapes; nothing empty; an adapter finite and trained.
 
@@ -147,7 +125,7 @@ def check_folder(folder: Path, expected: Shapes, adapter: bool) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
+                for name in tensors.keys():  # noqa: SIM118 - a safetensors file, not a mapping
                     found[name] = tuple(tensors.get_slice(name).get_shape())
                     if adapter:
                         value = tensors.get_tensor(name)

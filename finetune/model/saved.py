@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from finetune.errors import UserError, reason
-from finetune.model.load import plain_4bit_layers
+from finetune.model.adapters import plain_4bit_layers
 from finetune.model.save import BASE_FILE
 from finetune.report.run_folder import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 UNREADABLE = (OSError, ValueError, KeyError, SafetensorError, UnpicklingError)
 
@@ -46,7 +50,7 @@ def find(name: str) -> Trained:
     return Trained(name, False, name, None, {})
 
 
-def load_tokenizer(trained: Trained):
+def load_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model, or its base's. Raises UserError."""
     from transformers import AutoTokenizer
 

@@ -34,9 +34,11 @@ from finetune.errors import UserError
 from finetune.launch import preflight
 from finetune.launch.strategy import Strategy
 from finetune.memory.micro_batch import choose_micro_batch
-from finetune.memory.trace import outlined
-from finetune.model import load as model
+from finetune.model.facts import ModelFacts, read_facts
+from finetune.model.load import load_model, parameter_counts
+from finetune.model.outline import outlined
 from finetune.model.parameters import Weights, parameter_elements
+from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
 from finetune.objectives.sft import SummedLoss
 from finetune.process.watchdog import ranks_wait
 from finetune.recipe.load import Loaded
@@ -50,7 +52,7 @@ class Plan:
     strategy: Strategy
     batch: BatchPlan
     max_grad_norm: float
-    facts: model.ModelFacts
+    facts: ModelFacts
     tokenizer: object
     data: PreparedData
     schedule: Schedule
@@ -113,7 +115,7 @@ class Job:
 
     def collate(self, source: TokenRows | StreamRows, rows: tuple[int, ...]) -> dict[str, Tensor]:
         """One micro-batch (rows, tokens) of these rows of a source; an empty one for no rows."""
-        padding = model.padding_id(self.plan.tokenizer, self.plan.facts.vocabulary)
+        padding = padding_id(self.plan.tokenizer, self.plan.facts.vocabulary)
         return collating.collate([source.row(i) for i in rows], padding)
 
 
@@ -125,8 +127,8 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
     # where no GPU is found the CPU was not asked for, but it is what will run
     settled = preflight.settle(loaded, replace(strategy, use_cpu=strategy.use_cpu or not has_accelerator()))
     batch, max_grad_norm = settled.batch, settled.max_grad_norm
-    facts = model.facts(loaded)
-    tokenizer = model.load_tokenizer(loaded)
+    facts = read_facts(loaded)
+    tokenizer = load_tokenizer(loaded)
     prepared = (open_stream if loaded.recipe.data.streaming else prepare)(loaded, tokenizer, say)
     facts = check_rows(loaded, strategy, facts, tokenizer, prepared)
     rows = 0 if loaded.recipe.data.streaming else len(prepared.train)  # a stream has max_steps
@@ -143,14 +145,12 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
     return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule, chosen)
 
 
-def check_rows(
-    loaded: Loaded, strategy: Strategy, facts: model.ModelFacts, tokenizer, prepared: PreparedData
-) -> model.ModelFacts:
+def check_rows(loaded: Loaded, strategy: Strategy, facts: ModelFacts, tokenizer, prepared: PreparedData) -> ModelFacts:
     """The facts of the model that takes these rows: its vocabulary grows where their tokens need it.
 
     Raises UserError where the rows hold tokens or positions that the model cannot have.
     """
-    vocabulary = model.needed_vocabulary(loaded, strategy, facts, tokenizer, prepared.summary["max_token_id"])
+    vocabulary = needed_vocabulary(loaded, strategy, facts, tokenizer, prepared.summary["max_token_id"])
     longest = max(int(rows.lengths.max()) for rows in (prepared.train, prepared.evaluation) if rows is not None)
     if facts.max_positions is not None and longest > facts.max_positions:
         raise UserError(
@@ -202,10 +202,10 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
         engine.size_buffers(weights)
     engine.meter.enabled = measure
     with engine.meter.assembling():
-        network = model.load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
+        network = load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
         engine.meter.module = network
         engine.meter.point("load")
-        trained, parameters = model.parameter_counts(network, parameter_elements)
+        trained, parameters = parameter_counts(network, parameter_elements)
         optimizer = make_optimizer(network, plan.loaded.recipe.training, plan.strategy)
         name = optimizer_name(optimizer)
         engine.prepare(SummedLoss(network), optimizer)

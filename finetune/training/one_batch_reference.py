@@ -12,7 +12,8 @@ from finetune.data.token_cache import Row
 from finetune.engine.engine import Engine
 from finetune.engine.optimizer import make_optimizer
 from finetune.launch.strategy import one_process
-from finetune.model import load as model
+from finetune.model.facts import ModelFacts
+from finetune.model.load import load_model
 from finetune.objectives.sft import sft_loss, trained_tokens
 from finetune.recipe.load import Loaded
 
@@ -36,9 +37,9 @@ def change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[st
 class Reference:
     """A recipe's model on the CPU, trained with one big batch per window."""
 
-    def __init__(self, loaded: Loaded, facts: model.ModelFacts, padding: int = 0):
+    def __init__(self, loaded: Loaded, facts: ModelFacts, padding: int = 0):
         """Build it before any DeepSpeed engine starts, or after unset_hf_deepspeed_config(): else ZeRO-3 shards it."""
-        self.network = model.load_model(loaded, one_process(), facts, torch.device("cpu"))
+        self.network = load_model(loaded, one_process(), facts, torch.device("cpu"))
         self.optimizer = make_optimizer(self.network, loaded.recipe.training, one_process())
         self.limit, self.padding = loaded.recipe.training.max_grad_norm, padding
 

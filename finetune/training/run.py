@@ -17,7 +17,6 @@ from finetune.engine.devices import device_name, has_accelerator, host_bytes
 from finetune.errors import StopRequested
 from finetune.launch.preflight import advice
 from finetune.launch.strategy import Strategy
-from finetune.model.save import export_model
 from finetune.process import exit_status, host_memory
 from finetune.process.heartbeat import at
 from finetune.process.run_lock import acquire
@@ -28,6 +27,7 @@ from finetune.report import redact, trackers
 from finetune.report.console import Console
 from finetune.report.run_folder import RunFiles, is_finished
 from finetune.training import banner, forecast
+from finetune.training.export import export_model
 from finetune.training.job import Job, Plan, assemble, outlined_weights, prepare_plan
 from finetune.training.loop import run_loop, summary_of
 from finetune.training.micro_batch_trial import confirmed

@@ -85,13 +85,15 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
     from finetune.engine.optimizer import make_optimizer
     from finetune.engine.settings import EngineSettings
     from finetune.engine.start import start_engine
-    from finetune.model import load as model
+    from finetune.model.facts import read_facts
+    from finetune.model.load import load_model
+    from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
     from finetune.objectives.sft import SummedLoss
     from finetune.training.one_batch_reference import Reference, norm
 
     loaded, strategy, batch = settled.loaded, settled.strategy, settled.batch
     steps = batch.accumulation_steps if folder is None else min(batch.accumulation_steps, MOST_MICRO_BATCHES)
-    tokenizer = model.load_tokenizer(loaded)
+    tokenizer = load_tokenizer(loaded)
     prepared = prepare(loaded.sample(4 * batch.per_device_rows * batch.ranks * steps), tokenizer, _to_stderr)
     rows = _rows(prepared.train, None if folder is None else SHORT_ROW_TOKENS)
     changes = [*SGD] + ["lora.dropout=0.0"] * (loaded.recipe.lora is not None)
@@ -101,16 +103,14 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
         changes += [f"model.name_or_path={folder}", "model.revision=main"]
     ours = {change.partition("=")[0] for change in changes}  # a key may be given once
     small = load_recipe(recipe_path, [o for o in overrides if o.partition("=")[0] not in ours] + changes)
-    facts = model.facts(small)
-    facts = dataclasses.replace(
-        facts, vocabulary=model.needed_vocabulary(small, strategy, facts, tokenizer, max_token_id)
-    )
-    padding = model.padding_id(tokenizer, facts.vocabulary)
+    facts = read_facts(small)
+    facts = dataclasses.replace(facts, vocabulary=needed_vocabulary(small, strategy, facts, tokenizer, max_token_id))
+    padding = padding_id(tokenizer, facts.vocabulary)
     reference = Reference(small, facts, padding) if os.environ.get("RANK", "0") == "0" else None
     engine = start_engine(
         EngineSettings(strategy, batch.accumulation_steps, batch.per_device_rows, settled.max_grad_norm), _to_stderr
     )
-    network = model.load_model(small, strategy, facts, engine.device)
+    network = load_model(small, strategy, facts, engine.device)
     for module in [network, reference.network] if reference else [network]:
         _no_dropout(module)
     engine.prepare(SummedLoss(network), make_optimizer(network, small.recipe.training, strategy))

@@ -183,7 +183,7 @@ def chats() -> dict:
     from finetune.batching.layout import split_into_micro_batches
     from finetune.batching.windows import Position, next_window
     from finetune.data.collate import collate
-    from finetune.model import load as model
+    from finetune.model.load import load_model
     from finetune.recipe.load import load_recipe
     from finetune.training.job import prepare_plan
 
@@ -194,7 +194,7 @@ def chats() -> dict:
         )
         loaded = load_recipe(REPOSITORY / "recipes/quickstart/sft.yaml", [f"model.name_or_path={base}-init"])
         plan = prepare_plan(loaded, one_process(use_cpu=True), print)
-        network = model.load_model(loaded, plan.strategy, plan.facts, torch.device("cpu"))
+        network = load_model(loaded, plan.strategy, plan.facts, torch.device("cpu"))
         errors, counts, position = [], [], Position()
         for _ in range(20):
             window = next_window(position, len(plan.data.train), plan.batch.global_batch_rows, 42)

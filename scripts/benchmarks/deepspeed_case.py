@@ -29,7 +29,8 @@ from finetune.engine.start import start_engine
 from finetune.errors import Diverged, UserError
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
 from finetune.objectives.sft import SummedLoss
 from finetune.process.exit_status import REPORT_FILE
 from finetune.recipe.load import load_recipe
@@ -75,11 +76,11 @@ def accumulated(recipe_path: str, strategy, micro_step) -> dict:
     from transformers.integrations import unset_hf_deepspeed_config
 
     loaded = load_recipe(recipe_path, ADAMW)
-    facts = model.facts(loaded)
+    facts = read_facts(loaded)
     rows = ragged_rows(WINDOW_ROWS * WINDOWS, facts.vocabulary)
     parts = [rows[i * WINDOW_ROWS : (i + 1) * WINDOW_ROWS] for i in range(WINDOWS)]
     engine = start_engine(EngineSettings(strategy, K, PER_DEVICE_ROWS, 1.0))
-    network = model.load_model(loaded, strategy, facts, engine.device)
+    network = load_model(loaded, strategy, facts, engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     states, norms = [engine.full_state_dict(only_trained=True)], []
     Engine.micro_step = micro_step

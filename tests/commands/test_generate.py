@@ -7,7 +7,7 @@ from tokenizers import processors
 
 from finetune.commands.generate import prompt_ids
 from finetune.errors import UserError
-from finetune.model.save import stop_token_ids
+from finetune.model.tokenizer import stop_token_ids
 from tests.support.data import CHATML, LLAMA3, MISTRAL, make_tokenizer
 
 

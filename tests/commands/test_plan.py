@@ -20,7 +20,7 @@ from finetune.launch.strategy import one_process
 from finetune.memory import strategies
 from finetune.memory.estimate import estimate
 from finetune.memory.trace import Numbers, Shape, continued, profile
-from finetune.model import load as model
+from finetune.model.facts import read_facts
 from finetune.model.parameters import ITEMS
 from finetune.recipe.fields import LoraSection
 from finetune.recipe.load import load_recipe
@@ -289,7 +289,7 @@ def test_launch_files_are_what_the_ladder_names_them_for():
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_traces_are_continued_over_rows_exactly(tmp_path, family):
     loaded = load_recipe(small_recipe(tmp_path, rows=4, family=family))
-    facts = model.facts(loaded)
+    facts = read_facts(loaded)
     for numbers in (Numbers("bf16", casts=True), Numbers("bf16", on_cpu=False), Numbers()):
         two, five, nine = (profile(loaded, facts, Shape(rows, 48), 2, numbers).series for rows in (2, 5, 9))
         assert continued(two, five, Fraction(7, 3)) == nine
@@ -322,7 +322,7 @@ def test_a_model_that_cannot_be_traced_is_guessed_widely_and_says_so(mixtral):
         in command(mixtral).stdout
     )
     loaded = load_recipe(mixtral)
-    facts, strategy = model.facts(loaded), one_process("bf16")
+    facts, strategy = read_facts(loaded), one_process("bf16")
     found = estimate(loaded, facts, strategy, Shape(8, 64), 2, on_cpu=False)
     items = found.parts["device"]["loss"]
     dynamic = items["activations"] + items["logits and loss"]
@@ -332,7 +332,7 @@ def test_a_model_that_cannot_be_traced_is_guessed_widely_and_says_so(mixtral):
 def test_a_model_that_cannot_even_be_outlined_is_refused_by_its_key(tiny):
     settled = settle(load_recipe(tiny), one_process("bf16"))
     # an outline of a frozen base needs one
-    facts = dataclasses.replace(model.facts(settled.loaded), export_dtype="no type")
+    facts = dataclasses.replace(read_facts(settled.loaded), export_dtype="no type")
     loaded = strategies.with_adapters(settled.loaded, LoraSection())
     with pytest.raises(UserError, match="model.name_or_path is .* whose memory cannot be estimated"):
         estimate(loaded, facts, settled.strategy, Shape(2, 32), 2, on_cpu=False)

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.data.prepare import prepare
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy, one_process
-from finetune.model import load as model
+from finetune.model.load import grow_embedding
+from finetune.model.tokenizer import padding_id
 from finetune.recipe.load import load_recipe
 from finetune.training import job, step
 from tests.support.chat_templates import CHATML
@@ -29,7 +30,7 @@ def test_new_rows_are_the_mean_of_the_old_and_ties_are_kept(tmp_path, tie):
     network = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base", tie=tie))
     before = network.get_input_embeddings().weight.detach().clone()
     head = network.get_output_embeddings().weight.detach().clone()
-    model.grow_embedding(network, 500)
+    grow_embedding(network, 500)
     after = network.get_input_embeddings().weight
     assert after.shape[0] == network.config.vocab_size == 500 and torch.equal(after[:448], before)
     assert torch.equal(after[448:], before.mean(0).expand(52, -1))
@@ -76,14 +77,14 @@ def test_a_pad_token_outside_the_embedding_gives_way(tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     plan = job.prepare_plan(load_recipe(path, (*FULL, "lora.r=2")), one_process(), print)
     assert plan.facts.vocabulary == 448
-    assert model.padding_id(plan.tokenizer, 448) == plan.tokenizer.eos_token_id
+    assert padding_id(plan.tokenizer, 448) == plan.tokenizer.eos_token_id
 
 
 def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path):
     path = small_recipe(tmp_path)
     make_tokenizer(pad=None).save_pretrained(tmp_path / "base")
     plan = job.prepare_plan(load_recipe(path, FULL), one_process(), print)
-    assert model.padding_id(plan.tokenizer, plan.facts.vocabulary) == plan.tokenizer.eos_token_id
+    assert padding_id(plan.tokenizer, plan.facts.vocabulary) == plan.tokenizer.eos_token_id
 
 
 def test_an_end_of_turn_that_is_no_token_is_refused(tmp_path):

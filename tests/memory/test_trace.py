@@ -10,7 +10,7 @@ import torch
 
 from finetune.engine.storages import StorageTracker, pretending
 from finetune.memory.trace import Numbers, Shape, profile, trace
-from finetune.model import load as model
+from finetune.model.facts import read_facts
 from finetune.recipe.load import load_recipe
 from tests.support.launch import ROOT, program, run
 from tests.support.tiny_models import FAMILIES, small_recipe
@@ -60,7 +60,7 @@ def test_layers_that_repeat_are_continued_exactly(tmp_path, family, checkpointin
         config["layer_types"] = (kinds * layers)[:layers]
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     loaded = load_recipe(path, [f"training.gradient_checkpointing={checkpointing}"])
-    facts = model.facts(loaded)
+    facts = read_facts(loaded)
     shape, numbers = Shape(2, 48), Numbers("bf16")
     continued = profile(loaded, facts, shape, 2, numbers)
     whole = trace(loaded, facts, shape, 2, numbers, None)
@@ -91,8 +91,9 @@ def test_pretended_tensors_take_no_memory_and_real_numbers_of_bytes():
 def test_adapters_on_one_layer_of_many_are_traced_whole_and_a_continued_trace_has_whole_bytes(tmp_path, monkeypatch):
     from finetune.launch.strategy import one_process
     from finetune.memory.estimate import estimate
-    from finetune.memory.trace import Shape, outlined
-    from finetune.model import load as model
+    from finetune.memory.trace import Shape
+    from finetune.model.facts import read_facts
+    from finetune.model.outline import outlined
     from finetune.recipe.load import load_recipe
     from tests.support import tiny_models
 
@@ -101,8 +102,8 @@ def test_adapters_on_one_layer_of_many_are_traced_whole_and_a_continued_trace_ha
     last, plain = (
         load_recipe(written, overrides) for overrides in (["lora.target_modules=[layers.7.mlp.down_proj]"], [])
     )
-    assert [outlined(loaded, model.facts(loaded))[:2] for loaded in (last, plain)] == [(8, 8), (8, 1)]
+    assert [outlined(loaded, read_facts(loaded))[:2] for loaded in (last, plain)] == [(8, 8), (8, 1)]
     for loaded in (last, plain):
         for rows in (4, 8, 6):  # the third is continued from the others
-            found = estimate(loaded, model.facts(loaded), one_process("bf16"), Shape(rows, 16), 2, on_cpu=False)
+            found = estimate(loaded, read_facts(loaded), one_process("bf16"), Shape(rows, 16), 2, on_cpu=False)
         assert found.traced and all(isinstance(size, (int, float)) for size in found.items.values())

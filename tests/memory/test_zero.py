@@ -18,7 +18,7 @@ from finetune.launch.strategy import Strategy
 from finetune.memory.trace import Numbers, Profile, Shape, profile
 from finetune.memory.zero.layout import pinned_bytes
 from finetune.memory.zero.resident import derive_settings, resident
-from finetune.model import load as model
+from finetune.model.facts import read_facts
 from finetune.model.parameters import Resident, Weight, Weights
 from finetune.recipe.load import load_recipe
 from tests.support import tiny_models
@@ -316,7 +316,7 @@ def traced(path: Path, precision: str, overrides: tuple[str, ...], adapters_stay
     """Activations and losses of a micro-batch of the launched script, with the weights cast."""
     loaded = load_recipe(path, overrides)
     return profile(
-        loaded, model.facts(loaded), Shape(2, 32, False), 1, Numbers(precision, casts=True, adapters_stay=adapters_stay)
+        loaded, read_facts(loaded), Shape(2, 32, False), 1, Numbers(precision, casts=True, adapters_stay=adapters_stay)
     )
 
 

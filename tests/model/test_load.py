@@ -18,8 +18,10 @@ from finetune.errors import UserError
 from finetune.launch.config_file import read_launch_file
 from finetune.launch.preflight import settle
 from finetune.launch.strategy import one_process
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model, parameter_counts
 from finetune.model.parameters import parameter_elements
+from finetune.model.tokenizer import padding_id
 from finetune.objectives.sft import sft_loss
 from finetune.recipe.load import load_recipe
 from tests.support.tiny_models import small_recipe
@@ -35,7 +37,7 @@ def recipe_path(tmp_path_factory) -> Path:
 
 def load(path: Path, *overrides: str):
     loaded = load_recipe(path, overrides)
-    return model.load_model(loaded, one_process(), model.facts(loaded), CPU)
+    return load_model(loaded, one_process(), read_facts(loaded), CPU)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -86,7 +88,7 @@ def test_only_adapters_train_in_float32_and_all_parameters_are_counted(recipe_pa
         trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
         assert all(p.dtype == torch.float32 for _, p in trained)
         assert name == "full" or all("lora_" in n for n, _ in trained)
-        counts[name] = model.parameter_counts(network, parameter_elements)
+        counts[name] = parameter_counts(network, parameter_elements)
     assert counts["full"][0] == counts["full"][1] > 30_000
     assert counts["LoRA"] == counts["QLoRA"] == (counts["LoRA"][0], counts["LoRA"][0] + counts["full"][1])
 
@@ -114,7 +116,7 @@ def test_an_attention_kernel_that_is_not_installed_is_refused_by_its_key(recipe_
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_the_attention_kernel_is_the_one_asked_for(recipe_path, kernel):
     loaded = load_recipe(recipe_path, [f"model.attn_implementation={kernel}"])
-    network = model.load_model(loaded, one_process(), model.facts(loaded), CPU)
+    network = load_model(loaded, one_process(), read_facts(loaded), CPU)
     assert network.config._attn_implementation == kernel
 
 
@@ -152,8 +154,8 @@ def test_a_damaged_checkpoint_is_refused(recipe_path, tmp_path):
 def test_padding_leaves_the_tokenizer_alone_and_stays_inside_the_embedding(recipe_path):
     tokenizer = AutoTokenizer.from_pretrained(recipe_path.parent / "base")
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    assert model.padding_id(tokenizer, 448) == pad
-    assert model.padding_id(tokenizer, pad) == (eos if eos < pad else 0)  # a pad token added after the embedding's end
+    assert padding_id(tokenizer, 448) == pad
+    assert padding_id(tokenizer, pad) == (eos if eos < pad else 0)  # a pad token added after the embedding's end
     tokenizer.pad_token = None
-    assert model.padding_id(tokenizer, 448) == eos
+    assert padding_id(tokenizer, 448) == eos
     assert tokenizer.pad_token is None

@@ -9,7 +9,9 @@ import torch
 
 from finetune.errors import UserError
 from finetune.launch.strategy import one_process
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
+from finetune.model.tokenizer import load_tokenizer
 from finetune.recipe.load import load_recipe
 from tests.support.tiny_models import small_recipe
 
@@ -39,10 +41,10 @@ def recipe_path(tmp_path):
 
 def test_its_code_runs_only_when_the_recipe_trusts_it(recipe_path):
     with pytest.raises(UserError, match="which brings Python code of its own.*set model.trust_remote_code: true"):
-        model.facts(load_recipe(recipe_path))
+        read_facts(load_recipe(recipe_path))
     loaded = load_recipe(recipe_path, ["model.trust_remote_code=true"])
-    facts = model.facts(loaded)
+    facts = read_facts(loaded)
     assert facts.architecture == "OwnModel"
-    assert model.load_tokenizer(loaded) is not None
-    network = model.load_model(loaded, one_process(), facts, torch.device("cpu"))
+    assert load_tokenizer(loaded) is not None
+    network = load_model(loaded, one_process(), facts, torch.device("cpu"))
     assert type(network).__name__ == "OwnModel"

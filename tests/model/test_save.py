@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from finetune.model.save import BrokenExport, check_folder, stop_token_ids, write_model
+from finetune.model.save import BrokenExport, check_folder, write_model
+from finetune.model.tokenizer import stop_token_ids
 from tests.support.tiny_models import tiny_model
 
 

@@ -13,7 +13,8 @@ from finetune.data.collate import collate
 from finetune.engine.optimizer import make_optimizer
 from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
 from finetune.model.parameters import parameter_elements
 from finetune.objectives.sft import SummedLoss, trained_tokens
 from finetune.recipe.load import load_recipe
@@ -32,8 +33,8 @@ def count_collectives(recipe_path: str, strategy) -> list[dict]:
     third window of each K is measured, when DDP's buckets and ZeRO-3's prefetch order have settled."""
     loaded = load_recipe(recipe_path, ("training.optim=sgd", "training.learning_rate=0.1"))
     engine = start_engine(EngineSettings(strategy, CONFIGURED, PER_DEVICE_ROWS, 1.0))
-    facts = model.facts(loaded)
-    network = model.load_model(loaded, strategy, facts, engine.device)
+    facts = read_facts(loaded)
+    network = load_model(loaded, strategy, facts, engine.device)
     parameters = sum(map(parameter_elements, network.parameters()))
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     random, found = np.random.default_rng(7), []

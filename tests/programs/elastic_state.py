@@ -27,7 +27,8 @@ from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
 from finetune.objectives.sft import SummedLoss, trained_tokens
 from finetune.recipe.load import load_recipe
 from tests.programs.random_rows import random_rows
@@ -74,7 +75,7 @@ def started(case: Case, recipe_path: str, clipping: float):
     )
     engine = start_engine(EngineSettings(strategy, 2, 2, clipping))
     loaded = load_recipe(recipe_path, case.overrides)
-    network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
+    network = load_model(loaded, strategy, read_facts(loaded), engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     return engine
 

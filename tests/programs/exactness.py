@@ -26,7 +26,8 @@ from finetune.engine.start import start_engine
 from finetune.launch import compatibility
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
 from finetune.objectives.sft import SummedLoss, trained_tokens
 from finetune.recipe.load import load_recipe
 from finetune.training.one_batch_reference import Reference, change, relative
@@ -144,8 +145,8 @@ def run_case(case: Case, recipe_path: str, strategy, seed: int) -> dict:
     engine = start_engine(EngineSettings(strategy, CONFIGURED_STEPS, PER_DEVICE_ROWS, 1.0))
     if case.buffer:
         engine.accelerator.state.deepspeed_plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": case.buffer}
-    facts = model.facts(loaded)
-    network = model.load_model(loaded, strategy, facts, engine.device)
+    facts = read_facts(loaded)
+    network = load_model(loaded, strategy, facts, engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     rows = rows_of(case, facts.vocabulary, seed)
     states, results = [engine.full_state_dict(only_trained=True)], []
@@ -177,7 +178,7 @@ def compare(case: Case, loaded, rows: list[list[Row]], states: list[dict], resul
     from transformers.integrations import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # or zero.Init would shard the reference
-    reference = Reference(loaded, model.facts(loaded))
+    reference = Reference(loaded, read_facts(loaded))
     start = relative(states[0], reference.state())
     reference.load(states[0])  # bf16 engines begin with rounded weights
     for part in rows[:4]:

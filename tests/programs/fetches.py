@@ -20,7 +20,8 @@ from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
 from finetune.model.parameters import parameter_elements
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
@@ -38,7 +39,7 @@ def main() -> None:
         "stage3_prefetch_bucket_size": 0,
         "stage3_param_persistence_threshold": 0,
     }
-    network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
+    network = load_model(loaded, strategy, read_facts(loaded), engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     names = {p.ds_id: name for name, p in engine.inner_model().named_parameters()}
     counts: collections.Counter[str] = collections.Counter()

@@ -20,7 +20,8 @@ from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 
@@ -31,7 +32,7 @@ def main() -> None:
     prepare_libraries()
     loaded, strategy = load_recipe(recipe_path), from_environment(os.environ, launched_by()[1])
     engine = start_engine(EngineSettings(strategy, 3, 1, 1.0))
-    network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
+    network = load_model(loaded, strategy, read_facts(loaded), engine.device)
     ids = torch.arange(16)[None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     with StorageTracker() as tracker:

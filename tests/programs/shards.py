@@ -17,14 +17,15 @@ from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
 from finetune.model.parameters import parameter_elements
 from finetune.recipe.load import load_recipe
 
 
 def load(recipe_path: str, strategy, device):
     loaded = load_recipe(recipe_path)
-    return model.load_model(loaded, strategy, model.facts(loaded), device)
+    return load_model(loaded, strategy, read_facts(loaded), device)
 
 
 def main() -> None:

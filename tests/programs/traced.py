@@ -19,7 +19,8 @@ from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.strategy import one_process
 from finetune.memory.trace import Numbers, Shape, profile
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 from tests.support.tiny_models import FAMILIES, small_recipe
@@ -33,7 +34,7 @@ def real_peaks(loaded, facts, padded: bool, precision: str) -> dict[int, int]:
     engine = start_engine(
         EngineSettings(one_process(precision, use_cpu=True), 2, ROWS, loaded.recipe.training.max_grad_norm), print
     )
-    network = model.load_model(loaded, engine.strategy, facts, engine.device)
+    network = load_model(loaded, engine.strategy, facts, engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, engine.strategy))
     batch = {name: torch.ones(ROWS, TOKENS, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
     if padded:
@@ -70,7 +71,7 @@ def main(folder: Path, every: bool) -> None:
     for family, checkpointing, lora, precision, padded in whole if every else cases():
         overrides = [f"training.gradient_checkpointing={str(checkpointing).lower()}", *(LORA if lora else [])]
         loaded = load_recipe(recipes[family], overrides)
-        facts = model.facts(loaded)
+        facts = read_facts(loaded)
         real = real_peaks(loaded, facts, padded, precision)
         for k, peak in real.items():
             traced = profile(loaded, facts, Shape(ROWS, TOKENS, padded), k, Numbers(precision))

@@ -26,8 +26,9 @@ from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.environment import from_environment
 from finetune.launch.strategy import Strategy
-from finetune.memory.trace import weights_of
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
+from finetune.model.outline import outline, weights_of_outline
 from finetune.model.parameters import Weights
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
@@ -54,24 +55,24 @@ def strategy_of(case: dict) -> Strategy:
 
 
 @cache
-def outline(recipe_path: str, overrides: tuple[str, ...]) -> Weights:
+def parameters_of(recipe_path: str, overrides: tuple[str, ...]) -> Weights:
     """The model's parameters, before an engine under which they are sharded."""
     loaded = load_recipe(recipe_path, overrides)
-    return weights_of(model.outline(loaded, model.facts(loaded)), loaded)
+    return weights_of_outline(outline(loaded, read_facts(loaded)), loaded)
 
 
 def measure(case: dict, recipe_path: str) -> dict:
     """One engine, two windows."""
     started = time.perf_counter()
     strategy, loaded, tracker = strategy_of(case), load_recipe(recipe_path, case["overrides"]), StorageTracker()
-    facts = model.facts(loaded)
-    outlined = outline(recipe_path, tuple(case["overrides"]))
+    facts = read_facts(loaded)
+    outlined = parameters_of(recipe_path, tuple(case["overrides"]))
     with tracker:
         engine = start_engine(EngineSettings(strategy, 2, ROWS, 1.0), lambda line: None)
         section = engine.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         fill_in(section, case["settings"])
         engine.size_buffers(outlined)
-        network = model.load_model(loaded, strategy, facts, engine.device)
+        network = load_model(loaded, strategy, facts, engine.device)
         engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
         gc.collect()
         found = {"prepared": tracker.live_bytes}
@@ -109,7 +110,7 @@ def main() -> None:
     prepare_libraries()
     planned = json.loads(Path(cases).read_text())
     for case in planned:
-        outline(recipe_path, tuple(case["overrides"]))
+        parameters_of(recipe_path, tuple(case["overrides"]))
     found = [measure(case, recipe_path) for case in planned]
     if int(os.environ["RANK"]) == 0:
         Path(out).write_text(json.dumps(found))

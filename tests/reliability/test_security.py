@@ -28,7 +28,9 @@ from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.errors import UserError
 from finetune.launch.strategy import one_process
-from finetune.model import load as model
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
+from finetune.model.tokenizer import load_tokenizer
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 from finetune.report import redact, run_folder
@@ -124,7 +126,7 @@ def engine(saved_runs):
     loaded = load_recipe(saved_runs.recipe, COMMON)
     strategy = one_process(use_cpu=True)
     engine = start_engine(EngineSettings(strategy, 4, 2, 1.0))
-    network = model.load_model(loaded, strategy, model.facts(loaded), engine.device)
+    network = load_model(loaded, strategy, read_facts(loaded), engine.device)
     engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
     yield engine
     engine.release()
@@ -176,20 +178,18 @@ def test_a_base_model_that_is_a_pickle_is_read_as_tensors_or_not_at_all(tmp_path
     path = small_recipe(tmp_path / "job")
     base = path.parent / "base"
     loaded = load_recipe(path)
-    facts = model.facts(loaded)
+    facts = read_facts(loaded)
     tensors = {
         name: p.detach().clone()
-        for name, p in model.load_model(loaded, one_process(), facts, torch.device("cpu")).named_parameters()
+        for name, p in load_model(loaded, one_process(), facts, torch.device("cpu")).named_parameters()
     }
     (base / "model.safetensors").unlink()
     torch.save(tensors, base / "pytorch_model.bin")
-    assert model.load_model(loaded, one_process(), facts, torch.device("cpu")) is not None, (
-        "tensors in a pickle can be read"
-    )
+    assert load_model(loaded, one_process(), facts, torch.device("cpu")) is not None, "tensors in a pickle can be read"
     for kind in ("torch", "old torch", "pickle"):
         (base / "pytorch_model.bin").write_bytes(bombs(canary)[kind])
         with pytest.raises(UserError, match="its weights cannot be loaded"):
-            model.load_model(loaded, one_process(), facts, torch.device("cpu"))
+            load_model(loaded, one_process(), facts, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_bomb_among_the_files_of_model_and_tokenizer(name, tmp_path, canary):
     for stray in ("vocab.pkl", "optimizer.pt", "training_args.bin", "adapter_model.bin", "pytorch_model.bin"):
         (base / stray).write_bytes(bombs(canary)["torch"])
     loaded = load_recipe(path, [f"model.name_or_path={base}"])
-    model.load_tokenizer(loaded)
+    load_tokenizer(loaded)
     (base / name).write_bytes(bombs(canary)["pickle"])
     may_be_without = name == "generation_config.json"  # transformers goes on without one that it cannot read
     with (
@@ -218,9 +218,9 @@ def test_a_bomb_among_the_files_of_model_and_tokenizer(name, tmp_path, canary):
         if may_be_without
         else pytest.raises(UserError, match=f"model.name_or_path is {base}, but its ")
     ):
-        facts = model.facts(loaded)
-        model.load_tokenizer(loaded)
-        model.load_model(loaded, one_process(), facts, torch.device("cpu"))
+        facts = read_facts(loaded)
+        load_tokenizer(loaded)
+        load_model(loaded, one_process(), facts, torch.device("cpu"))
 
 
 def test_a_runs_folder_cannot_say_that_code_is_trusted(saved_runs, tmp_path, canary):
@@ -261,7 +261,7 @@ def test_a_bomb_in_the_token_cache_is_written_anew(tmp_path, canary, monkeypatch
 
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     loaded = load_recipe(small_recipe(tmp_path / "job"))
-    tokenizer = model.load_tokenizer(loaded)
+    tokenizer = load_tokenizer(loaded)
     first = prepare(loaded, tokenizer, lambda text: None)
     entry = Path(first.summary["cache_folder"])
     files = [path for path in entry.rglob("*") if path.is_file()]
@@ -287,7 +287,7 @@ def test_a_bomb_as_training_data(suffix, tmp_path, canary, monkeypatch):
         file.write_bytes(content)
         loaded = load_recipe(path, [f"data.train=[{{path: {file}}}]"])
         with pytest.raises(UserError):
-            prepare(loaded, model.load_tokenizer(loaded), lambda text: None)
+            prepare(loaded, load_tokenizer(loaded), lambda text: None)
 
 
 # ---- links: nothing is written outside of the output folder

@@ -15,7 +15,7 @@ from finetune.batching.noise_scale import NoiseMeasurement, measure
 from finetune.batching.windows import Position, next_window
 from finetune.data.collate import collate
 from finetune.launch.strategy import one_process
-from finetune.model import load as model
+from finetune.model.load import load_model
 from finetune.objectives.sft import sft_loss, trained_tokens
 from finetune.recipe.load import load_recipe
 from finetune.training.job import prepare_plan
@@ -48,7 +48,7 @@ def first_window(recipe_path: Path, ranks: int) -> NoiseMeasurement:
     """The first window's measurement in plain torch: every micro-batch's gradient by itself."""
     loaded = load_recipe(recipe_path, OVERRIDES)
     plan = prepare_plan(loaded, one_process(), lambda line: None)
-    network = model.load_model(loaded, one_process(), plan.facts, torch.device("cpu"))
+    network = load_model(loaded, one_process(), plan.facts, torch.device("cpu"))
     window = next_window(Position(), len(plan.data.train), 8, loaded.recipe.training.seed)
     total, squares, tokens, count = None, 0.0, 0, 0
     for micro_batch in (part for share in split_into_micro_batches(window.rows, ranks, 2) for part in share):

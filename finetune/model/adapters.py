@@ -1,0 +1,63 @@
+"""LoRA adapters and 4-bit base weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from finetune.errors import UserError
+from finetune.launch.strategy import Strategy
+from finetune.recipe.load import Loaded
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+
+if TYPE_CHECKING:
+    pass
+
+
+def add_adapters(model: nn.Module, loaded: Loaded) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    lora, revision = loaded.recipe.lora, loaded.recipe.model.revision
+    assert lora is not None, "asked only for recipes with a lora section"
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(loaded.recipe.training.seed)  # the same adapters on every rank and under every engine
+    try:
+        return get_peft_model(model, config, revision=None if revision == "main" else revision)
+    except ValueError as error:
+        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise UserError(
+            f"{loaded.where('lora.target_modules')}: lora.target_modules is {lora.target_modules}, but"
+            f" {type(model).__name__} has no such layers. Its linear layers: {', '.join(linear)}."
+        ) from error
+
+
+def nf4_config(strategy: Strategy) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(strategy.mixed_precision, torch.float32)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def plain_4bit_layers(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers, if there are any, from repacking themselves for inference on a CPU with
+    AVX512-BF16.
+
+    The first forward in evaluation mode would round their scales to bf16 for good, and no gradient flows through the
+    repacked layer: an evaluation at step 0 would ruin the training after it [bitsandbytes 0.50, Linear4bit.forward].
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
