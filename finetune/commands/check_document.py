@@ -43,7 +43,7 @@ def model_and_data(settled: Settled) -> dict[str, Any]:
 
 def deepspeed_settings(settled: Settled) -> dict[str, int]:
     """DeepSpeed's buffers, sized for the model."""
-    return derive_settings(outlined(settled.loaded, read_facts(settled.loaded))[2], settled.strategy)
+    return derive_settings(outlined(settled.loaded, read_facts(settled.loaded)).weights, settled.strategy)
 
 
 def _samples(loaded: Loaded, tokenizer: PreTrainedTokenizerBase) -> tuple[list[PreparedData], bool]:

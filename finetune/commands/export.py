@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finetune.engine.libraries import prepare_libraries
 from finetune.errors import UserError
-from finetune.model.facts import DTYPES
+from finetune.model.parameters import DTYPE_BYTES
 
 # Relative L2 difference of the logits, computed in float32: what rounding the merged weights to that dtype may cost.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -24,8 +24,8 @@ def merge_adapter(folder: Path, output: Path, dtype: str = "auto") -> str:
     it. Raises UserError (no adapter, output exists, dtype unknown) and BrokenExport when the logits differ."""
     if output.exists():
         raise UserError(f"{output}: exists already. Give a folder that does not, or delete it.")
-    if dtype not in ("auto", *DTYPES):
-        raise UserError(f"--dtype is {dtype}; it must be auto, {', '.join(DTYPES)}.")
+    if dtype not in ("auto", *DTYPE_BYTES):
+        raise UserError(f"--dtype is {dtype}; it must be auto, {', '.join(DTYPE_BYTES)}.")
     prepare_libraries()
     from finetune.model import saved
     from finetune.model.save import BrokenExport, write_model
@@ -83,7 +83,7 @@ def _base_dtype(held: dict, model: nn.Module) -> str:
 
     name = held.get("dtype") or AutoConfig.from_pretrained(model.config.name_or_path, trust_remote_code=False).dtype
     name = str(name or "float32").removeprefix("torch.")
-    return name if name in DTYPES else "float32"
+    return name if name in DTYPE_BYTES else "float32"
 
 
 def _refuse_tied(folder: Path, model: nn.Module) -> None:

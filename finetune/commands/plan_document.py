@@ -19,6 +19,7 @@ from finetune.launch.preflight import Settled
 from finetune.memory import offload_traffic
 from finetune.memory.estimate import Range, traces
 from finetune.memory.micro_batch import DEVICE_MARGIN, HOST_MARGIN
+from finetune.memory.resident import ITEMS
 from finetune.memory.strategies import (
     Case,
     Ground,
@@ -33,10 +34,8 @@ from finetune.memory.strategies import (
     table,
 )
 from finetune.model.facts import read_facts
-from finetune.model.parameters import ITEMS
 from finetune.process.host_memory import host_memory
 from finetune.recipe import sizes
-from finetune.recipe.load import Loaded
 
 MANY = (1, 8, 64)  # K at which offload's traffic is shown beside the recipe's own
 WEIGHT_BYTES, STATE_BYTES = (
@@ -56,7 +55,9 @@ def document(
     gets wrong.
     """
     warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft settles it itself
-    settled = dataclasses.replace(settled, loaded=_traceable(settled.loaded, notes))
+    attention = settled.loaded.recipe.model.attn_implementation
+    if attention in FLASH and not has_accelerator():
+        notes.append(f"{attention} does not run here: traced with sdpa, which keeps as much")
     model = read_facts(settled.loaded)
     tokens = min(settled.loaded.recipe.data.max_length, model.max_positions or sys.maxsize)
     ground = Ground(settled, model, tokens, _machine(settled, device_bytes, host_bytes))
@@ -84,16 +85,6 @@ def _machine(settled: Settled, device: int | None, host: int | None) -> Machine:
     else:
         on_host = (None, "no GPU here: another machine will run this; give --host-memory")
     return Machine(*on_device, *on_host)
-
-
-def _traceable(loaded: Loaded, notes: list[str]) -> Loaded:
-    """Flash attention need not be installed where nothing is trained."""
-    model = loaded.recipe.model
-    if model.attn_implementation not in FLASH or has_accelerator():
-        return loaded
-    notes.append(f"{model.attn_implementation} does not run here: traced with sdpa, which keeps as much")
-    changed = loaded.recipe.model_copy(update={"model": model.model_copy(update={"attn_implementation": "sdpa"})})
-    return dataclasses.replace(loaded, recipe=changed)
 
 
 def _document(recipe_path: str, ground: Ground, notes: list[str]) -> dict[str, Any]:

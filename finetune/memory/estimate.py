@@ -17,12 +17,12 @@ from finetune.engine.deepspeed import buffers
 from finetune.errors import UserError, reason
 from finetune.launch.strategy import Strategy
 from finetune.memory import activations, formulas
+from finetune.memory.resident import Resident
 from finetune.memory.trace import Numbers, Profile, Shape, continued, part_of, profile
 from finetune.memory.zero import resident as zero
 from finetune.model.facts import ModelFacts
 from finetune.model.outline import outline, outlined, weights_of_outline
-from finetune.model.parameters import Resident, Weights
-from finetune.process.host_memory import DTYPE_BYTES
+from finetune.model.parameters import DTYPE_BYTES, Weights
 from finetune.recipe.load import Loaded
 
 Items = Mapping[str, float]
@@ -159,7 +159,7 @@ def traced_once(
         unpacked = recipe.model.model_copy(update={"load_in_4bit": False})
         plain = dataclasses.replace(loaded, recipe=recipe.model_copy(update={"model": unpacked}))
         seen = traced_once(plain, facts, shape, micro_batches, numbers)
-        return seen and Profile(seen.series, outlined(loaded, facts)[2])
+        return seen and Profile(seen.series, outlined(loaded, facts).weights)
     key = (
         recipe.model,
         recipe.lora and recipe.lora.model_dump_json(),
@@ -213,7 +213,7 @@ def _guessed(loaded: Loaded, facts: ModelFacts, shape: Shape, numbers: Numbers) 
         decoder = _decoder_shape(config, facts)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - the model's own code, which may raise anything
+    except Exception as error:
         raise UserError(
             f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}, whose memory cannot be estimated:"
             f" {facts.architecture} cannot be built from its config without weights ({reason(error)}). Give a model of"

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import ceil
 
-from finetune.model.parameters import Resident, Weights
-from finetune.process.host_memory import MOMENTS_BYTES
+from finetune.memory.resident import Resident
+from finetune.model.parameters import Weights
 
+MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}  # per trained parameter
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 NF4_BYTES_EACH = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_NESTED_BLOCK)  # 0.51587, of a large weight
 NF4_TABLES_BYTES = 16 * 4 + 256 * 4 + 4  # of every weight: the 16 levels, the 256 of its scales, their mean

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from finetune.launch.strategy import Strategy
+from finetune.memory.formulas import MOMENTS_BYTES
 from finetune.model.parameters import Weight, Weights
-from finetune.process.host_memory import MOMENTS_BYTES
 
 # Assumptions, each about four fifths of what the link can do by its specification (PCI-SIG base specifications 4.0 and
 # 5.0: 16 and 32 GT/s per lane, 128b/130b coding, so 31.5e9 and 63e9 bytes per second for 16 lanes each way, 7.9e9 for a

@@ -165,7 +165,7 @@ def as_it_stands(ground: Ground) -> Outcome:
     settled = ground.settled
     batch = settled.batch
     case = Case("this recipe", settled.loaded, settled.strategy, batch.per_device_rows, batch.accumulation_steps)
-    if not batch.open or ground.machine.device_bytes is None and ground.machine.host_bytes is None:
+    if not batch.open or (ground.machine.device_bytes is None and ground.machine.host_bytes is None):
         return outcome(ground, case)
     return _largest(ground, case, micro_batches(settled)) or outcome(ground, case)
 

@@ -20,14 +20,12 @@ from finetune.engine.optimizer import parameter_groups, torch_adamw
 from finetune.engine.storages import StorageTracker, pretending, without_padding
 from finetune.model.facts import ModelFacts
 from finetune.model.outline import outline, outlined, repeated_layers
-from finetune.model.parameters import Weights
+from finetune.model.parameters import PRECISION_DTYPES, Weights
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import Loaded
 
-BETWEEN = (  # of which the first or last has the peak: what is alive grows or shrinks by the same from layer to layer
-    "layers between"
-)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# of which the first or last has the peak: what is alive grows or shrinks by the same from layer to layer
+BETWEEN = "layers between"
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ def profile(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int,
 
     Raises whatever a model's own code raises where it cannot run on fake tensors (routing that depends on values, for
     instance)."""
-    depth, period, weights = outlined(loaded, facts)
+    whole = outlined(loaded, facts)
+    depth, period, weights = whole.layers, whole.period, whole.weights
     short = 2 * period + depth % period
     if short + period < depth and any(weight.layer is not None for weight in weights.all):
         traced = [
@@ -146,11 +145,12 @@ def trace(
     """
     network = outline(loaded, facts, layers)
     lora, packed = loaded.recipe.lora is not None, loaded.recipe.model.load_in_4bit
+    compute = getattr(torch, PRECISION_DTYPES[numbers.precision])
     if numbers.precision != "no" and (numbers.casts or packed):
         # with packed weights bitsandbytes computes with weights of this type, made from them each time
         for parameter in network.parameters():
             if not (parameter.requires_grad and lora and (packed or numbers.adapters_stay)):
-                parameter.data = parameter.data.to(DTYPES[numbers.precision])
+                parameter.data = parameter.data.to(compute)
     tracker = StorageTracker(record=True)
     with pretending(), contextlib.nullcontext() if shape.padded else without_padding():
         network.to_empty(device="cpu")
@@ -182,9 +182,10 @@ def _window(
     module, optimizer, batch: dict[str, Tensor], micro_batches: int, numbers: Numbers, tracker: StorageTracker, limit
 ) -> None:
     """What Engine.micro_step does with one process."""
+    autocast = numbers.precision != "no" and not numbers.casts
+    compute = getattr(torch, PRECISION_DTYPES[numbers.precision]) if autocast else torch.bfloat16
     for _ in range(micro_batches):
-        autocast = numbers.precision != "no" and not numbers.casts
-        with torch.autocast("cpu", DTYPES.get(numbers.precision, torch.bfloat16), enabled=autocast):
+        with torch.autocast("cpu", compute, enabled=autocast):
             loss = module(batch)
         (loss * 1.0 / 1.0).backward()
     tracker.kind = "buffers"

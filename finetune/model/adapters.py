@@ -9,14 +9,11 @@ from torch import nn
 
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
+from finetune.model.parameters import PRECISION_DTYPES
 from finetune.recipe.load import Loaded
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_adapters(model: nn.Module, loaded: Loaded) -> nn.Module:
@@ -45,9 +42,11 @@ def add_adapters(model: nn.Module, loaded: Loaded) -> nn.Module:
 def nf4_config(strategy: Strategy) -> BitsAndBytesConfig:
     from transformers import BitsAndBytesConfig
 
-    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(strategy.mixed_precision, torch.float32)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, PRECISION_DTYPES[strategy.mixed_precision]),
     )
 
 

@@ -7,19 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from finetune.errors import UserError, reason
+from finetune.model.parameters import DTYPE_BYTES
 from finetune.recipe.load import Loaded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-if TYPE_CHECKING:
-    pass
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -50,10 +43,10 @@ def read_facts(loaded: Loaded) -> ModelFacts:
         )
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     dtype = dtype if section.dtype == "auto" else section.dtype
-    if dtype not in DTYPES:
+    if dtype not in DTYPE_BYTES:
         raise UserError(
             f"{where}: the weights of {section.name_or_path} are {dtype}; set model.dtype to one of"
-            f" {', '.join(DTYPES)}."
+            f" {', '.join(DTYPE_BYTES)}."
         )
     text = config.get_text_config()
     return ModelFacts(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +12,7 @@ from torch import nn
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
 from finetune.model.adapters import add_adapters, nf4_config, plain_4bit_layers
-from finetune.model.facts import DTYPES, ModelFacts, not_loadable, optional_packages, source_options
+from finetune.model.facts import ModelFacts, not_loadable, optional_packages, source_options
 from finetune.recipe.load import Loaded
 
 
@@ -25,7 +24,7 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
     float32. Under ZeRO-3 each rank holds its shard only (zero.Init through transformers, set up by the engine before).
     Raises UserError when the weights cannot be read, or the recipe asks for what this model does not have."""
     section, lora = loaded.recipe.model, loaded.recipe.lora
-    options = {"dtype": torch.float32 if lora is None else DTYPES[model_facts.export_dtype]}
+    options: dict[str, Any] = {"dtype": getattr(torch, "float32" if lora is None else model_facts.export_dtype)}
     if section.attn_implementation != "auto":
         options["attn_implementation"] = section.attn_implementation
     if section.load_in_4bit:
@@ -57,7 +56,7 @@ def made_ready(model: nn.Module, loaded: Loaded, model_facts: ModelFacts) -> nn.
     return model
 
 
-def _read_weights(loaded: Loaded, options: dict) -> nn.Module:
+def _read_weights(loaded: Loaded, options: dict[str, Any]) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     section = loaded.recipe.model
@@ -103,14 +102,3 @@ def grow_embedding(model: nn.Module, rows: int) -> None:
             for weight in (getattr(module, "weight", None), getattr(module, "bias", None)):
                 if weight is not None and len(weight) == rows:
                     weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
-
-
-def parameter_counts(model: nn.Module, elements: Callable[[nn.Parameter], int]) -> tuple[int, int]:
-    """(trained, all) parameters; `elements(parameter)` counts whole parameters also where ZeRO-3 holds shards."""
-    trained = total = 0
-    for parameter in model.parameters():
-        packed = getattr(parameter, "quant_state", None)  # two 4-bit weights lie in one byte
-        count = elements(parameter) if packed is None else math.prod(packed.shape)
-        total += count
-        trained += count if parameter.requires_grad else 0
-    return trained, total

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from finetune.launch.compatibility import FLASH
-from finetune.model.facts import DTYPES, ModelFacts, optional_packages, read_config
+from finetune.model.facts import ModelFacts, optional_packages, read_config
 from finetune.model.load import made_ready
 from finetune.model.parameters import Weight, Weights
 from finetune.recipe.load import Loaded
@@ -37,7 +38,7 @@ def outline(loaded: Loaded, model_facts: ModelFacts, layers: int | None = None) 
             _shorten(text, layers)
         model = AutoModelForCausalLM.from_config(
             config,
-            dtype=torch.float32 if loaded.recipe.lora is None else DTYPES[model_facts.export_dtype],
+            dtype=getattr(torch, "float32" if loaded.recipe.lora is None else model_facts.export_dtype),
             trust_remote_code=section.trust_remote_code,
             **({"attn_implementation": attention} if attention else {}),
         )
@@ -61,11 +62,20 @@ def _shorten(config: PretrainedConfig, layers: int) -> None:
     config.num_hidden_layers = layers
 
 
-_outlined: dict[tuple, tuple[int, int, Weights]] = {}
+@dataclass(frozen=True)
+class Outline:
+    """A whole model: its layers, after how many of them they repeat, and its parameters."""
+
+    layers: int
+    period: int
+    weights: Weights
 
 
-def outlined(loaded: Loaded, facts: ModelFacts) -> tuple[int, int, Weights]:
-    """(layers, after how many they repeat, parameters) of the whole model, whose outline is built once.
+_outlined: dict[tuple, Outline] = {}
+
+
+def outlined(loaded: Loaded, facts: ModelFacts) -> Outline:
+    """The outline of a model, built once. Raises what a model's own code raises.
 
     Layers whose parameters are not those of the layer one period before (adapters on some of them only, some with
     experts) repeat nothing."""
@@ -81,8 +91,16 @@ def outlined(loaded: Loaded, facts: ModelFacts) -> tuple[int, int, Weights]:
         ]
         if kinds[period:] != kinds[:-period]:
             period = config.num_hidden_layers
-        _outlined[key] = (config.num_hidden_layers, period, weights_of_outline(network, loaded))
+        _outlined[key] = Outline(config.num_hidden_layers, period, weights_of_outline(network, loaded))
     return _outlined[key]
+
+
+def weights_beforehand(loaded: Loaded, facts: ModelFacts) -> Weights | None:
+    """The model's parameters before they are read; None where its own code cannot be built without them."""
+    try:
+        return outlined(loaded, facts).weights
+    except Exception:  # noqa: BLE001 - loading the model says what is wrong; what asks here does without
+        return None
 
 
 def weights_of_outline(network: nn.Module, loaded: Loaded) -> Weights:

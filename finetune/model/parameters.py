@@ -1,20 +1,18 @@
-"""What the memory arithmetic knows of a model: its parameters, one by one, and the bytes of one rank by item.
+"""A model's parameters one by one, whole also where ZeRO-3 holds shards, and the types that they can have.
 Torch-free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
 
-# What memory is spent on. `buffers`: what engines gather, bucket, pin and swap through; `overhead`: contexts,
-# libraries, fragmentation.
-ITEMS = ("parameters", "gradients", "optimizer states", "activations", "logits and loss", "buffers", "overhead")
-PLACES = ("device", "host", "nvme", "checkpoint disk")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of an element of exported weights, by torch's name
+PRECISION_DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # what a launch's mixed_precision means
 
 
 @dataclass(frozen=True)
@@ -54,34 +52,6 @@ class Weights:
     def largest_elements(self) -> int:
         return max(weight.elements for weight in self.all)
 
-    @property
-    def layer_elements(self) -> int:
-        """Elements of the largest repeated layer; of everything where no layer is known."""
-        sums: dict[int, int] = {}
-        for weight in self.all:
-            if weight.layer is not None:
-                sums[weight.layer] = sums.get(weight.layer, 0) + weight.elements
-        return max(sums.values(), default=self.elements)
-
-
-@dataclass(frozen=True)
-class Resident:
-    """One rank's bytes from the second window on, by item, for each place, without activations and losses.
-
-    `device` and `host` are there all the time. `gathered_bytes`: most of whole parameters on the device at once in
-    forward and backward (ZeRO-3). `backward`, `step`, `load`, `save`: what comes on top in these parts, {place: {item:
-    bytes}}; of `load` and `save` zero.py says all that is there. On a CPU-only run device and host are one memory: the
-    run takes the sum."""
-
-    device: Mapping[str, float]
-    host: Mapping[str, float] = field(default_factory=dict)
-    nvme: Mapping[str, float] = field(default_factory=dict)
-    gathered_bytes: float = 0.0
-    backward: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    step: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    load: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    save: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
 
 def weights_of(module: nn.Module) -> Weights:
     """The parameters of a module, whole also where ZeRO-3 holds shards."""
@@ -101,3 +71,14 @@ def parameter_elements(parameter: nn.Parameter) -> int:
 def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter, also where ZeRO-3 holds only a shard."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters, whole also where ZeRO-3 holds only shards of them."""
+    trained = total = 0
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None)  # two 4-bit weights lie in one byte
+        count = parameter_elements(parameter) if packed is None else math.prod(packed.shape)
+        total += count
+        trained += count if parameter.requires_grad else 0
+    return trained, total

@@ -12,9 +12,6 @@ from finetune.recipe.load import Loaded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    pass
-
 TURN_TEXT = "answer"
 
 

@@ -20,7 +20,6 @@ CGROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GIB = 2**30
 CLOSE = 0.85  # of the limit: the lower bound leaves out activations, buffers and the data
 LIBRARIES_BYTES = 200 * 2**20  # per process: Python, torch and transformers alone
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}  # per trained parameter
 
 

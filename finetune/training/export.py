@@ -12,10 +12,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-if TYPE_CHECKING:
-    pass
-
-
 def export_model(engine: Engine, tokenizer: PreTrainedTokenizerBase, dtype: str, folder: Path) -> None:
     """Gather the trained weights from every rank and write `folder` on rank 0. A collective. Raises BrokenExport."""
     model = engine.inner_model()

@@ -35,9 +35,9 @@ from finetune.launch import preflight
 from finetune.launch.strategy import Strategy
 from finetune.memory.micro_batch import choose_micro_batch
 from finetune.model.facts import ModelFacts, read_facts
-from finetune.model.load import load_model, parameter_counts
-from finetune.model.outline import outlined
-from finetune.model.parameters import Weights, parameter_elements
+from finetune.model.load import load_model
+from finetune.model.outline import weights_beforehand
+from finetune.model.parameters import parameter_counts
 from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
 from finetune.objectives.sft import SummedLoss
 from finetune.process.watchdog import ranks_wait
@@ -193,7 +193,7 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
     timeout = ranks_wait(plan.loaded.recipe.training.step_timeout_seconds)
     settings = EngineSettings(plan.strategy, most_steps, plan.batch.per_device_rows, plan.max_grad_norm, timeout)
     # before an engine under which models are sharded
-    weights = outlined_weights(plan) if plan.strategy.engine == "deepspeed" else None
+    weights = weights_beforehand(plan.loaded, plan.facts) if plan.strategy.engine == "deepspeed" else None
     probe = start_probe_engine(settings, say)
     _refuse_unequal(plan, probe)
     scale_check = check_scale(probe)
@@ -205,20 +205,12 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
         network = load_model(plan.loaded, plan.strategy, plan.facts, engine.device)
         engine.meter.module = network
         engine.meter.point("load")
-        trained, parameters = parameter_counts(network, parameter_elements)
+        trained, parameters = parameter_counts(network)
         optimizer = make_optimizer(network, plan.loaded.recipe.training, plan.strategy)
         name = optimizer_name(optimizer)
         engine.prepare(SummedLoss(network), optimizer)
         engine.meter.point("prepare")
     return Job(plan, engine, {"parameters": parameters, "trained_parameters": trained, "optimizer": name}, scale_check)
-
-
-def outlined_weights(plan: Plan) -> Weights | None:
-    """The model's parameters before they are read; None where its own code cannot be built without them."""
-    try:
-        return outlined(plan.loaded, plan.facts)[2]
-    except Exception:  # noqa: BLE001 - loading it says what is wrong; the buffers are then sized when the engine is prepared
-        return None
 
 
 def _refuse_unequal(plan: Plan, engine: Engine) -> None:

@@ -17,6 +17,8 @@ from finetune.engine.devices import device_name, has_accelerator, host_bytes
 from finetune.errors import StopRequested
 from finetune.launch.preflight import advice
 from finetune.launch.strategy import Strategy
+from finetune.model.outline import weights_beforehand
+from finetune.model.parameters import DTYPE_BYTES
 from finetune.process import exit_status, host_memory
 from finetune.process.heartbeat import at
 from finetune.process.run_lock import acquire
@@ -28,7 +30,7 @@ from finetune.report.console import Console
 from finetune.report.run_folder import RunFiles, is_finished
 from finetune.training import banner, forecast
 from finetune.training.export import export_model
-from finetune.training.job import Job, Plan, assemble, outlined_weights, prepare_plan
+from finetune.training.job import Job, Plan, assemble, prepare_plan
 from finetune.training.loop import run_loop, summary_of
 from finetune.training.micro_batch_trial import confirmed
 from finetune.training.out_of_memory import explained
@@ -69,13 +71,14 @@ def run(loaded: Loaded, strategy: Strategy, output_dir: Path, console: Console) 
 
 def _check_room(plan: Plan, output_dir: Path, console: Console) -> None:
     """Host memory and disk, before weights are read. Raises UserError where either cannot be enough."""
-    loaded, dtype, weights = plan.loaded, plan.facts.export_dtype, outlined_weights(plan)
+    loaded, dtype = plan.loaded, plan.facts.export_dtype
+    weights = weights_beforehand(loaded, plan.facts)
     # of the base model; 0 where nobody can say
     parameters = sum(w.elements for w in weights.all if loaded.recipe.lora is None or not w.trained) if weights else 0
     trained = 0 if loaded.recipe.lora else parameters
     need = host_memory.host_need(loaded, plan.strategy, parameters, dtype, use_cpu=not has_accelerator())
     host_memory.check_host(loaded, plan.strategy, need, console.say)
-    host_memory.check_disk(loaded, output_dir, trained, trained * host_memory.DTYPE_BYTES[dtype], console.say)
+    host_memory.check_disk(loaded, output_dir, trained, trained * DTYPE_BYTES[dtype], console.say)
 
 
 def _planned(loaded: Loaded, strategy: Strategy, output_dir: Path, console: Console) -> tuple[Plan, dict | None, str]:

@@ -22,7 +22,7 @@ from finetune.launch.launcher_command import check_ranks_asked_for, launched_by
 from finetune.launch.preflight import Settled, settle
 from finetune.launch.strategy import Strategy
 from finetune.process.exit_status import REPORT_FILE
-from finetune.recipe.load import Loaded, load_recipe
+from finetune.recipe.load import load_recipe
 
 MOST_MICRO_BATCHES = 8  # of the configured window, without --full
 SHORT_ROW_TOKENS = 256  # rows are cut to this, without --full
@@ -87,6 +87,7 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
     from finetune.engine.start import start_engine
     from finetune.model.facts import read_facts
     from finetune.model.load import load_model
+    from finetune.model.shrink import shrink
     from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
     from finetune.objectives.sft import SummedLoss
     from finetune.training.one_batch_reference import Reference, norm
@@ -175,43 +176,6 @@ def _case(engine, reference, name: str, rows: list, per_device_rows: int, paddin
     tolerance = TOLERANCE[engine.strategy.mixed_precision] + 2.0**-24 * norm(before) / norm(wanted)
     passed = max(difference, abs(ratio - 1)) <= tolerance
     return Case(name, len(rows), len(share), ratio, difference, of_weights, tolerance, passed)
-
-
-def shrink(loaded: Loaded, folder: Path, vocabulary: int) -> None:
-    """Write a random-weight model of the recipe's class with two small layers to `folder`. The same on every rank."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    section = loaded.recipe.model
-    trust = {"trust_remote_code": section.trust_remote_code}
-    config = AutoConfig.from_pretrained(section.name_or_path, revision=section.revision, **trust)
-    text = config.get_text_config()
-    grouped = (getattr(text, "num_key_value_heads", None) or 0) < text.num_attention_heads
-    sizes = {
-        "num_hidden_layers": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "head_dim": 16,
-        "num_key_value_heads": 2 if grouped else 4,
-        "n_inner": 128,
-    }
-    for name, size in sizes.items():
-        if isinstance(getattr(text, name, None), int):
-            setattr(text, name, size)
-    if getattr(text, "layer_types", None):
-        text.layer_types = list(dict.fromkeys([*text.layer_types, *text.layer_types]))[:2] * 2
-        text.layer_types = text.layer_types[:2]
-    text.vocab_size = max(text.vocab_size, vocabulary)
-    for holder in {id(config): config, id(text): text}.values():
-        for name in [n for n in vars(holder) if n.endswith(("dropout", "pdrop"))]:
-            setattr(holder, name, 0.0)
-        vars(holder).pop("quantization_config", None)
-    torch.manual_seed(0)
-    try:
-        AutoModelForCausalLM.from_config(config, **trust).save_pretrained(folder)
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"verify: {type(config).__name__} cannot be shrunk ({error}). Use --full.") from error
 
 
 def _no_dropout(network) -> None:

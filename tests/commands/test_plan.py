@@ -19,9 +19,9 @@ from finetune.launch.preflight import settle
 from finetune.launch.strategy import one_process
 from finetune.memory import strategies
 from finetune.memory.estimate import estimate
+from finetune.memory.resident import ITEMS
 from finetune.memory.trace import Numbers, Shape, continued, profile
 from finetune.model.facts import read_facts
-from finetune.model.parameters import ITEMS
 from finetune.recipe.fields import LoraSection
 from finetune.recipe.load import load_recipe
 from tests.support.launch import ROOT

@@ -30,7 +30,8 @@ from finetune.memory.offload_traffic import (
     seconds,
     traffic,
 )
-from finetune.model.parameters import ITEMS, Weight, Weights
+from finetune.memory.resident import ITEMS
+from finetune.model.parameters import Weight, Weights
 from tests.support.launch import accelerate, launch_file, program, run
 from tests.support.tiny_models import small_recipe
 

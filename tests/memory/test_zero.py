@@ -15,11 +15,12 @@ import pytest
 from finetune.engine.deepspeed.buffers import fill_in, filled_in
 from finetune.engine.deepspeed.compile import op_is_built
 from finetune.launch.strategy import Strategy
+from finetune.memory.resident import Resident
 from finetune.memory.trace import Numbers, Profile, Shape, profile
 from finetune.memory.zero.layout import pinned_bytes
 from finetune.memory.zero.resident import derive_settings, resident
 from finetune.model.facts import read_facts
-from finetune.model.parameters import Resident, Weight, Weights
+from finetune.model.parameters import Weight, Weights
 from finetune.recipe.load import load_recipe
 from tests.support import tiny_models
 from tests.support.launch import free_port, program, run

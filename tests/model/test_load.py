@@ -19,8 +19,8 @@ from finetune.launch.config_file import read_launch_file
 from finetune.launch.preflight import settle
 from finetune.launch.strategy import one_process
 from finetune.model.facts import read_facts
-from finetune.model.load import load_model, parameter_counts
-from finetune.model.parameters import parameter_elements
+from finetune.model.load import load_model
+from finetune.model.parameters import parameter_counts
 from finetune.model.tokenizer import padding_id
 from finetune.objectives.sft import sft_loss
 from finetune.recipe.load import load_recipe
@@ -88,7 +88,7 @@ def test_only_adapters_train_in_float32_and_all_parameters_are_counted(recipe_pa
         trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
         assert all(p.dtype == torch.float32 for _, p in trained)
         assert name == "full" or all("lora_" in n for n, _ in trained)
-        counts[name] = parameter_counts(network, parameter_elements)
+        counts[name] = parameter_counts(network)
     assert counts["full"][0] == counts["full"][1] > 30_000
     assert counts["LoRA"] == counts["QLoRA"] == (counts["LoRA"][0], counts["LoRA"][0] + counts["full"][1])
 

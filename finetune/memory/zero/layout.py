@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from finetune.engine.deepspeed.buffers import compute_bytes
 from finetune.launch.strategy import Strategy
-from finetune.model.parameters import Resident, Weight, Weights
-from finetune.process.host_memory import MOMENTS_BYTES
+from finetune.memory.formulas import MOMENTS_BYTES
+from finetune.memory.resident import Resident
+from finetune.model.parameters import Weight, Weights
 
 MASTER_BYTES = 4  # the float32 copy that the optimizer updates; there is one in float32 runs, too
 GRADIENT_BYTES = 4  # a window's gradients are added up in float32 (engine/deepspeed/config.py: grad_accum_dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from finetune.memory.resident import Resident
 from finetune.memory.zero.layout import BUFFERS, GRADIENT_BYTES, GRADIENTS, MASTER_BYTES, PARAMETERS, STATES, Layout
-from finetune.model.parameters import Resident, Weight
+from finetune.model.parameters import Weight
 
 
 def stage_1_and_2(at: Layout) -> Resident:

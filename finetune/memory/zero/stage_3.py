@@ -5,6 +5,7 @@ deepspeed/runtime, 0.19.8. Torch-free.
 from __future__ import annotations
 
 from finetune.engine.deepspeed.buffers import SWAPPED_BYTES, modules
+from finetune.memory.resident import Resident
 from finetune.memory.zero.layout import (
     BUFFERS,
     GRADIENT_BYTES,
@@ -15,7 +16,7 @@ from finetune.memory.zero.layout import (
     Layout,
     pinned_bytes,
 )
-from finetune.model.parameters import Resident, Weight, Weights
+from finetune.model.parameters import Weight, Weights
 
 ALIGNED_BYTES = 1024  # swap_tensor/constants.py: AIO_ALIGNED_BYTES
 
@@ -140,7 +141,7 @@ def _gathers(at: Layout) -> bool:
     """On one rank whose parameters are not offloaded the partition itself is the parameter (partition_parameters.py,
     NoGatherHandle).
     """
-    return at.ranks > 1 or at.parameter_place != "device" and not at.on_cpu
+    return at.ranks > 1 or (at.parameter_place != "device" and not at.on_cpu)
 
 
 def _persistent_bytes(at: Layout) -> float:
