@@ -34,7 +34,7 @@ PENDING = {
 TORCH_FREE_ROOMS = ("errors", "recipe", "process", "batching", "launch")
 TORCH_FREE = (
     *("report.redact", "report.run_folder", "report.console", "checkpoint.manifest", "checkpoint.snapshots"),
-    *("checkpoint.survey", "model.parameters", "commands.cli"),
+    *("checkpoint.survey", "model.parameters", "model.trained_folder", "commands.cli"),
 )
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "bitsandbytes")
 MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_STEP_LINES, MOST_FILES_IN_A_ROOM = 335, 64, 46, 16

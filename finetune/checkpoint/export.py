@@ -1,4 +1,4 @@
-"""`finetune checkpoints RUN --export STEP OUT`: a checkpoint as the folder that the run's end would have written."""
+"""A checkpoint as the folder that the run's end would have written."""
 
 from __future__ import annotations
 
@@ -6,42 +6,30 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from finetune.checkpoint.identity import base_fingerprint, comparable, differences, tokenizer_fingerprint
 from finetune.checkpoint.manifest import Snapshot
-from finetune.checkpoint.survey import pick
 from finetune.engine.kinds import read_trained
-from finetune.engine.libraries import prepare_libraries
 from finetune.errors import UserError
 from finetune.launch.strategy import one_process
 from finetune.model.facts import read_facts
 from finetune.model.load import grow_embedding, load_model
 from finetune.model.save import write_model
 from finetune.model.tokenizer import load_tokenizer
-from finetune.recipe.load import Loaded, load_resolved
+from finetune.recipe.load import Loaded
 from finetune.report import redact
 
 OF_THE_MODEL = ("model.", "lora.")
 
 
-def export_checkpoint(run: str, step: str, output: Path, trust_remote_code: bool = False) -> str:
-    """Write the checkpoint of `step` (or the `newest`) of a run as a Hugging Face folder or adapter; returns one line
-    about it.
+def export_snapshot(found: Snapshot, loaded: Loaded, output: Path) -> str:
+    """Write the checkpoint `found` of the run that `loaded` describes to `output`; returns what was written.
 
     One process, on the CPU, no process group: 8 bytes of host memory per parameter of a fully trained model; of an
-    adapter's base no weight is read. Every hash is compared first; Python code of a model runs only with
-    `trust_remote_code`. Raises UserError (damaged, no such step, output exists, another base) and BrokenExport."""
-    if output.exists():
-        raise UserError(f"{output}: exists already. Give a folder that does not, or delete it.")
-    found = pick(Path(run), step)
-    loaded = load_resolved(Path(run) / "recipe.yaml")
-    if loaded.recipe.model.trust_remote_code and not trust_remote_code:  # the folder says so; the user must
-        raise UserError(
-            f"{Path(run) / 'recipe.yaml'}: model.trust_remote_code is true: {loaded.recipe.model.name_or_path} brings"
-            " Python code of its own. Read that code, and if you trust its author give --trust-remote-code."
-        )
+    adapter's base no weight is read. Raises UserError (another base, weights missing) and BrokenExport.
+    """
     same = found.facts["same"]
-    prepare_libraries(use_cpu=True)
     facts = read_facts(loaded)
     tokenizer = load_tokenizer(loaded)
     _refuse_another_model(found, loaded, tokenizer)
@@ -51,12 +39,12 @@ def export_checkpoint(run: str, step: str, output: Path, trust_remote_code: bool
     state = _whole_state(found, network, saved)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_model(state, network, tokenizer, output, facts.export_dtype)
-    adapter = f"an adapter of {loaded.recipe.model.name_or_path}"
-    what = f"{facts.architecture}, {facts.export_dtype}" if loaded.recipe.lora is None else adapter
-    return f"{output}: step {found.step} of {run} as {what}."
+    if loaded.recipe.lora is None:
+        return f"{facts.architecture}, {facts.export_dtype}"
+    return f"an adapter of {loaded.recipe.model.name_or_path}"
 
 
-def _refuse_another_model(found: Snapshot, loaded: Loaded, tokenizer) -> None:
+def _refuse_another_model(found: Snapshot, loaded: Loaded, tokenizer: PreTrainedTokenizerBase) -> None:
     """The recipe, base and tokenizer of now must be those that the checkpoint was written with."""
     section, same = loaded.recipe.model, found.facts["same"]
     now = redact.tree(comparable(loaded.recipe.model_dump(mode="json", exclude_none=True)))

@@ -50,7 +50,7 @@ class Snapshot:
 def digest(folder: Path, names: Iterable[str], threads: int = THREADS) -> dict[str, Digest]:
     """Digests of these files of `folder` (names relative to it); they and their folders are fsynced. Raises OSError."""
     names = list(names)
-    digests = dict(zip(names, _parallel(lambda name: _digest(folder / name, sync=True), names, threads)))
+    digests = dict(zip(names, _parallel(lambda name: _digest(folder / name, sync=True), names, threads), strict=True))
     for parent in sorted({p for name in names for p in (folder / name).parents if p == folder or folder in p.parents}):
         sync_folder(parent)
     return digests

@@ -1,6 +1,4 @@
-"""`finetune checkpoints`: what lies in a run's folder, whether it is whole, and what a resume would take. Knows nothing
-of torch.
-"""
+"""What lies in a run's folder, whether it is whole, and what a resume would take. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,25 +14,6 @@ from finetune.errors import UserError
 from finetune.report.run_folder import CHECKPOINTS, STATE
 
 NEWEST = "newest"
-
-
-def show(run: str, hashes: bool, as_json: bool) -> None:
-    """Print the checkpoints of the run in folder `run`. Raises UserError naming what is damaged, after printing."""
-    document = survey(Path(run), hashes)
-    if as_json:
-        print(json.dumps(document, indent=1, allow_nan=False), flush=True)
-    else:
-        from finetune.report.views.checkpoints import show as show_table
-
-        show_table(document)
-    root = Path(run) / CHECKPOINTS
-    damaged = [
-        f"{root / entry['name']} is damaged: {some(entry['problems'], '; ')}"
-        for entry in document["checkpoints"]
-        if entry["problems"]
-    ]
-    if damaged:
-        raise UserError(damaged)
 
 
 def survey(run: Path, hashes: bool) -> dict:

@@ -1,14 +1,25 @@
-"""The command line: wiring only."""
+"""The command line: wiring only. No command loads torch before its first stage is done."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from finetune.launch.environment import is_launched
+from finetune import __version__
+from finetune.commands.check import check as check_recipe
+from finetune.commands.checkpoints import checkpoints as list_checkpoints
+from finetune.commands.checkpoints import export as write_checkpoint
+from finetune.commands.data import data as show_data
+from finetune.commands.export import export as export_adapter
+from finetune.commands.generate import generate as print_answers
+from finetune.commands.plan import plan as plan_recipe
+from finetune.commands.train import train as train_recipe
+from finetune.commands.verify import verify as verify_recipe
 from finetune.process.exit_status import guarded
 
 app = typer.Typer(
@@ -19,35 +30,41 @@ app = typer.Typer(
 )
 Recipe = Annotated[str, typer.Argument(help="recipe.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example training.max_steps=20")]
+Launch = Annotated[str | None, typer.Option(help="an accelerate_configs/*.yaml; one process without it")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+
+
+def end(body: Callable[[], None]) -> None:
+    """Run a command's body and exit with its status. Does not return."""
+    sys.exit(guarded(body))
+
+
+def print_version(asked: bool) -> None:
+    """`finetune --version`."""
+    if asked:
+        print(f"finetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 @app.command()
-def train(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    launch: Annotated[str | None, typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
-) -> None:
+def train(recipe: Recipe, overrides: Overrides = None, launch: Launch = None) -> None:
     """Check the recipe, launch the trainer and end with its status."""
-    from finetune.commands.train import train as train_recipe
-
     train_recipe(recipe, overrides or [], launch)
 
 
 @app.command()
-def check(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    launch: Annotated[str | None, typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
-) -> None:
+def check(recipe: Recipe, overrides: Overrides = None, launch: Launch = None, as_json: AsJson = False) -> None:
     """Say whether a recipe is right: keys, launch file, batch, model, tokenizer, a sample of the data."""
-
-    def body() -> None:
-        from finetune.commands.check import check as check_recipe
-
-        check_recipe(recipe, overrides or [], launch, as_json)
-
-    sys.exit(guarded(body))
+    end(partial(check_recipe, recipe, overrides or [], launch, as_json))
 
 
 @app.command()
@@ -60,45 +77,24 @@ def plan(
     device_memory: Annotated[str | None, typer.Option(help="of each device, such as 40GiB")] = None,
     host_memory: Annotated[str | None, typer.Option(help="of each machine, such as 512GiB")] = None,
     ranks: Annotated[int | None, typer.Option(help="devices over all machines, instead of the launch file's")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a recipe takes in memory, whether it fits, and the cheapest change that makes it fit; needs no GPU and
     no weights.
     """
-
-    def body() -> None:
-        from finetune.commands.plan import plan as plan_recipe
-
-        plan_recipe(recipe, overrides or [], launch, device_memory, host_memory, ranks, as_json)
-
-    sys.exit(guarded(body))
+    end(partial(plan_recipe, recipe, overrides or [], launch, device_memory, host_memory, ranks, as_json))
 
 
 @app.command()
 def verify(
     recipe: Recipe,
     overrides: Overrides = None,
-    launch: Annotated[str | None, typer.Option(help="an accelerate_configs/*.yaml; one process without it")] = None,
+    launch: Launch = None,
     full: Annotated[bool, typer.Option("--full", help="the real model and row lengths, not shrunk ones")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare accumulated gradients with one big batch, on this machine, under this launch."""
-
-    def body() -> None:
-        from finetune.errors import UserError
-
-        if is_launched() and launch is not None:
-            raise UserError("--launch: this process is already one rank of a launch. Drop it.")
-        if launch is None:
-            from finetune.training.verification import verify as verify_recipe
-
-            verify_recipe(recipe, overrides or [], full, as_json)
-        else:
-            from finetune.launch.start import launch_verify
-
-            launch_verify(recipe, overrides or [], launch, full, as_json)
-
-    sys.exit(guarded(body))
+    end(partial(verify_recipe, recipe, overrides or [], launch, full, as_json))
 
 
 @app.command()
@@ -106,16 +102,10 @@ def data(
     recipe: Recipe,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=0, help="sample rows to print")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show rows as the model sees them, trained tokens in colour, and what would make training wrong."""
-
-    def body() -> None:
-        from finetune.commands.data import inspect
-
-        inspect(recipe, overrides or [], rows, as_json)
-
-    sys.exit(guarded(body))
+    end(partial(show_data, recipe, overrides or [], rows, as_json))
 
 
 @app.command()
@@ -127,14 +117,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="for temperature > 0")] = 0,
 ) -> None:
     """Print the model's answer to a prompt."""
-
-    def body() -> None:
-        from finetune.commands.generate import answers
-
-        for asked, answer in zip(prompt, answers(model, prompt, max_new_tokens, temperature, seed)):
-            print(f"> {asked}\n{answer}\n" if len(prompt) > 1 else answer, flush=True)
-
-    sys.exit(guarded(body))
+    end(partial(print_answers, model, prompt, max_new_tokens, temperature, seed))
 
 
 @app.command()
@@ -144,13 +127,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
 ) -> None:
     """Merge an adapter into its base model, and compare the logits before and after."""
-
-    def body() -> None:
-        from finetune.commands.export import merge_adapter
-
-        print(merge_adapter(model, output, dtype), flush=True)
-
-    sys.exit(guarded(body))
+    end(partial(export_adapter, model, output, dtype))
 
 
 @app.command()
@@ -159,7 +136,7 @@ def checkpoints(
     verify: Annotated[
         bool, typer.Option("--verify", help="read every byte and compare its hash, not only manifests and lengths")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    as_json: AsJson = False,
     export: Annotated[
         tuple[str, Path] | None,
         typer.Option(
@@ -173,18 +150,10 @@ def checkpoints(
     ] = False,
 ) -> None:
     """List a run's checkpoints, say whether they are whole, or export one as a model."""
-
-    def body() -> None:
-        if export is None:
-            from finetune.checkpoint.survey import show
-
-            show(run, verify, as_json)
-            return
-        from finetune.checkpoint.export import export_checkpoint
-
-        print(export_checkpoint(run, *export, trust_remote_code), flush=True)
-
-    sys.exit(guarded(body))
+    if export is None:
+        end(partial(list_checkpoints, run, verify, as_json))
+    else:
+        end(partial(write_checkpoint, run, *export, trust_remote_code))
 
 
 def main() -> None:

@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
-
-from finetune.engine.libraries import prepare_libraries
-from finetune.errors import UserError
+from finetune.commands.libraries import load_libraries
+from finetune.model.trained_folder import find
 
 
-def answers(
-    model: str, prompts: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
-) -> Iterator[str]:
-    """The answers of the model in folder (or hub id) `model`, one text per prompt, without special tokens.
+def generate(model: str, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Print the answers of the model in folder (or hub id) `model`. Raises UserError when there is no such model."""
+    found = find(model)
+    load_libraries()
+    from finetune.model.generation import answers
 
-    With a chat template the prompt is what the user says; without one the model continues it. Temperature 0 is greedy;
-    above, the answer is a function of (seed, position of the prompt). Raises UserError when there is no such model.
-    """
-    prepare_libraries()
-    from transformers import GenerationConfig
-
-    from finetune.model import saved
-    from finetune.model.tokenizer import stop_token_ids
-
-    found = saved.find(model)
-    tokenizer = saved.load_tokenizer(found)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    network = saved.load(found, device)
-    stops = stop_token_ids(tokenizer)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    # ours alone: the checkpoint's own would add its top_p, penalties and length limits
-    network.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0, **sampling
-    )
-    for number, prompt in enumerate(prompts):
-        torch.manual_seed(seed + number)
-        ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
-        output = network.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
-        yield tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
-
-
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, ready to be continued. Raises UserError when the chat template refuses it."""
-    if tokenizer.chat_template:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise UserError(f"the model's chat template refuses the prompt: {error}") from error
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS already
-    ids = tokenizer(prompt)["input_ids"]
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text: nothing could follow
-        ids = ids[:-1]
-    if not ids:
-        raise UserError("the prompt is empty, and this model has no token to begin with. Give some text.")
-    return ids
+    for prompt, answer in zip(prompts, answers(found, prompts, max_new_tokens, temperature, seed), strict=True):
+        print(f"> {prompt}\n{answer}\n" if len(prompts) > 1 else answer, flush=True)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from finetune.errors import FinetuneError
 from finetune.model.parameters import parameter_shape
 from finetune.model.tokenizer import stop_token_ids
+from finetune.model.trained_folder import BASE_FILE
 from finetune.report.run_folder import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BASE_FILE = "finetune_base.json"  # beside an adapter: how its frozen base was held while it was trained
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
@@ -13,41 +12,12 @@ from torch import nn
 
 from finetune.errors import UserError, reason
 from finetune.model.adapters import plain_4bit_layers
-from finetune.model.save import BASE_FILE
-from finetune.report.run_folder import read_json
+from finetune.model.trained_folder import Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNREADABLE = (OSError, ValueError, KeyError, SafetensorError, UnpicklingError)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What lies in a folder (or under a hub id). `base` and `held` say what an adapter sits on, and how it was held."""
-
-    name: str
-    adapter: bool
-    base: str
-    revision: str | None
-    held: dict
-
-
-def find(name: str) -> Trained:
-    """The model or adapter called `name`: a folder, else a hub id. Raises UserError when there is neither."""
-    folder = Path(name).expanduser()
-    if (adapter := read_json(folder / "adapter_config.json")) is not None:
-        held = read_json(folder / BASE_FILE) or {}
-        return Trained(str(folder), True, adapter["base_model_name_or_path"], adapter.get("revision"), held)
-    if (folder / "config.json").exists():
-        return Trained(str(folder), False, str(folder), None, {})
-    if folder.is_dir():
-        inside = folder / "model"
-        hint = f"Did you mean {inside}?" if inside.is_dir() else "Give a run's model folder, such as runs/x/model."
-        raise UserError(f"{name}: holds neither config.json nor adapter_config.json. {hint}")
-    if folder.exists() or name[:1] in "./~" or name.count("/") > 1:
-        raise UserError(f"{name}: no such model folder. Give a run's model folder, such as runs/x/model, or a hub id.")
-    return Trained(name, False, name, None, {})
 
 
 def load_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:

@@ -1,28 +1,40 @@
-"""`finetune verify`: is the update of accumulated micro-batches that of one big batch, on this machine, for this
-recipe?
+"""Is the update of accumulated micro-batches that of one big batch, on this machine, for this recipe?
 
-Inside a launch every rank runs windows of the recipe's rows through the launch's engine with plain SGD, so that the
-update is the clipped gradient times the learning rate; rank 0 takes the same rows as one big float32 batch from the
-same weights, without any engine. docs/gradient_accumulation.md derives the tolerances."""
+Every rank of a launch runs windows of the recipe's rows through the launch's engine with plain SGD, so that the update
+is the clipped gradient times the learning rate; rank 0 takes the same rows as one big float32 batch from the same
+weights, without any engine. docs/gradient_accumulation.md derives the tolerances.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from finetune.errors import Diverged, UserError
-from finetune.launch.environment import from_environment
-from finetune.launch.launcher_command import check_ranks_asked_for, launched_by
-from finetune.launch.preflight import Settled, settle
-from finetune.launch.strategy import Strategy
-from finetune.process.exit_status import REPORT_FILE
+import torch
+from torch import nn
+
+from finetune.batching.layout import split_into_micro_batches
+from finetune.data.collate import collate
+from finetune.data.prepare import prepare
+from finetune.data.token_cache import Row, TokenRows
+from finetune.engine.engine import Engine
+from finetune.engine.optimizer import make_optimizer
+from finetune.engine.settings import EngineSettings
+from finetune.engine.start import start_engine
+from finetune.errors import UserError
+from finetune.launch.preflight import Settled
+from finetune.model.facts import read_facts
+from finetune.model.load import load_model
+from finetune.model.shrink import shrink
+from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
+from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
+from finetune.training.one_batch_reference import Reference, accumulate, change, norm, relative
 
 MOST_MICRO_BATCHES = 8  # of the configured window, without --full
 SHORT_ROW_TOKENS = 256  # rows are cut to this, without --full
@@ -51,54 +63,20 @@ class Case:
     passed: bool
 
 
-def verify(recipe_path: str, overrides: Sequence[str], full: bool, as_json: bool) -> None:
-    """Verify in this process, one of the ranks of a launch (or alone), and print the table. Raises Diverged on a
-    difference.
+def verification(
+    recipe_path: str, overrides: Sequence[str], settled: Settled, folder: Path | None
+) -> tuple[dict[str, Any], bool]:
+    """(report, whether this is rank 0). `folder` is where the shrunk model goes; None verifies the real one.
+
+    Recipe and overrides are read again, with plain SGD and the shrunk model. A collective. Raises UserError.
     """
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # DeepSpeed and the compilers print to stdout, on every rank
-    loaded = load_recipe(recipe_path, overrides)
-    ranks_asked, launch_file = launched_by()
-    strategy = from_environment(os.environ, launch_file)
-    check_ranks_asked_for(strategy, ranks_asked)
-    settled = settle(loaded, strategy)
-    from finetune.engine.libraries import prepare_libraries
-
-    prepare_libraries(strategy.use_cpu)
-    with tempfile.TemporaryDirectory(prefix="finetune-verify-") as folder:
-        report, main_rank = _run(recipe_path, overrides, settled, None if full else Path(folder))
-    if main_rank:
-        text = json.dumps(report, indent=1) if as_json else table(report)
-        if os.environ.get(REPORT_FILE):
-            Path(os.environ[REPORT_FILE]).write_text(text)
-        else:
-            os.write(stdout, (text + "\n").encode())
-    if not report["passed"]:
-        raise Diverged(
-            "verify: accumulated gradients differ from one big batch; see the table. Do not train like this."
-        )
-
-
-def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: Path | None) -> tuple[dict, bool]:
-    """(report, whether this is rank 0). `folder` is where the shrunk model goes; None verifies the real one."""
-    from finetune.data.prepare import prepare
-    from finetune.engine.optimizer import make_optimizer
-    from finetune.engine.settings import EngineSettings
-    from finetune.engine.start import start_engine
-    from finetune.model.facts import read_facts
-    from finetune.model.load import load_model
-    from finetune.model.shrink import shrink
-    from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
-    from finetune.objectives.sft import SummedLoss
-    from finetune.training.one_batch_reference import Reference, norm
-
     loaded, strategy, batch = settled.loaded, settled.strategy, settled.batch
     steps = batch.accumulation_steps if folder is None else min(batch.accumulation_steps, MOST_MICRO_BATCHES)
     tokenizer = load_tokenizer(loaded)
     prepared = prepare(loaded.sample(4 * batch.per_device_rows * batch.ranks * steps), tokenizer, _to_stderr)
     rows = _rows(prepared.train, None if folder is None else SHORT_ROW_TOKENS)
-    changes = [*SGD] + ["lora.dropout=0.0"] * (loaded.recipe.lora is not None)
     max_token_id = prepared.summary["max_token_id"]
+    changes = [*SGD] + ["lora.dropout=0.0"] * (loaded.recipe.lora is not None)
     if folder is not None:
         shrink(loaded, folder, max_token_id + 1)
         changes += [f"model.name_or_path={folder}", "model.revision=main"]
@@ -123,7 +101,8 @@ def _run(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: P
         _case(engine, reference, name, [rows[i % len(rows)] for i in range(count)], batch.per_device_rows, padding)
         for name, count in _windows(batch.per_device_rows * batch.ranks, steps)
     ]
-    passed = engine.all_reduce_sum(0 if reference is None or all(case.passed for case in cases) else 1)[0] == 0
+    different = sum(case is not None and not case.passed for case in cases)
+    passed = engine.all_reduce_sum(different)[0] == 0
     engine.barrier()
     return _report(settled, engine, cases, facts.architecture, folder is None, passed), reference is not None
 
@@ -133,10 +112,8 @@ def _to_stderr(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _rows(source, most_tokens: int | None) -> list:
+def _rows(source: TokenRows, most_tokens: int | None) -> list[Row]:
     """The rows of a set that still have a trained token when cut to `most_tokens`."""
-    from finetune.data.token_cache import Row
-
     cut = [Row(row.input_ids[:most_tokens], row.labels[:most_tokens]) for row in map(source.row, range(len(source)))]
     kept = [row for row in cut if (row.labels[1:] != -100).any()]
     if not kept:
@@ -154,12 +131,10 @@ def _windows(unit: int, steps: int) -> list[tuple[str, int]]:
     ]
 
 
-def _case(engine, reference, name: str, rows: list, per_device_rows: int, padding: int) -> Case | None:
+def _case(
+    engine: Engine, reference: Reference | None, name: str, rows: list[Row], per_device_rows: int, padding: int
+) -> Case | None:
     """One window through the engine; on rank 0 (with the reference) the case, None elsewhere. A collective."""
-    from finetune.batching.layout import split_into_micro_batches
-    from finetune.data.collate import collate
-    from finetune.training.one_batch_reference import accumulate, change, norm, relative
-
     share = split_into_micro_batches(range(len(rows)), engine.ranks, per_device_rows)[engine.rank]
     share += [()] * name.startswith("empty")  # also where one rank would have none
     before = engine.full_state_dict(only_trained=True)
@@ -178,9 +153,8 @@ def _case(engine, reference, name: str, rows: list, per_device_rows: int, paddin
     return Case(name, len(rows), len(share), ratio, difference, of_weights, tolerance, passed)
 
 
-def _no_dropout(network) -> None:
+def _no_dropout(network: nn.Module) -> None:
     """Dropout differs from micro-batch to micro-batch by nature; verified without."""
-    import torch
 
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -189,7 +163,9 @@ def _no_dropout(network) -> None:
             module.attention_dropout = 0.0
 
 
-def _report(settled: Settled, engine, cases: list, architecture: str, full: bool, passed: bool) -> dict:
+def _report(
+    settled: Settled, engine: Engine, cases: Sequence[Case | None], architecture: str, full: bool, passed: bool
+) -> dict[str, Any]:
     steps = engine.accelerator.gradient_accumulation_steps
     return {
         "passed": passed,
@@ -199,23 +175,3 @@ def _report(settled: Settled, engine, cases: list, architecture: str, full: bool
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "accelerate", "deepspeed", "transformers")},
         "cases": [dataclasses.asdict(case) for case in cases if case is not None],
     }
-
-
-def table(report: dict) -> str:
-    """The report for people."""
-    scale = report["scale"]
-    lines = [
-        (f"{report['model']} on {Strategy(**report['strategy']).describe()}: accumulated against one float32 batch"),
-        (
-            f"each summed loss is multiplied by {scale['ranks']} ranks x {scale['configured_steps']} configured steps"
-            f" = {scale['loss_times']}, and divided by the window's trained tokens; the engine divides by the former"
-        ),
-        f"{'window':<20} {'rows':>5} {'K':>4} {'norm ratio':>11} {'difference':>11} {'tolerance':>10} {'weights':>8}",
-    ]
-    for case in report["cases"]:
-        lines.append(
-            f"{case['name']:<20} {case['rows']:>5} {case['micro_batches']:>4} {case['gradient_norm_ratio']:>11.7f}"
-            f" {case['gradient_difference']:>11.1e} {case['tolerance']:>10.1e} {case['weight_difference']:>8.1e}"
-            f"  {'equal' if case['passed'] else 'DIFFERENT'}"
-        )
-    return "\n".join([*lines, "gradients are exact" if report["passed"] else "GRADIENTS ARE WRONG"])

@@ -137,8 +137,8 @@ def test_what_is_no_run_is_refused_and_a_run_without_checkpoints_is_not(run, tmp
 
 def test_the_list_needs_no_torch(saved_runs):
     code = (
-        "import sys; from finetune.checkpoint.survey import show; show(sys.argv[1], True, False); print('torch' in"
-        " sys.modules)"
+        "import sys; from finetune.commands.checkpoints import checkpoints; checkpoints(sys.argv[1], True);"
+        " print('torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, saved_runs["plain"]],

@@ -15,7 +15,7 @@ from tests.support.tiny_models import small_recipe
 
 RUNNER = CliRunner()
 SILENT = [{"messages": [{"role": "user", "content": "c"}]}]
-# Documented in finetune.commands.data.examine and docs/data.md: scripts read them.
+# Documented in finetune.commands.data_document.examine and docs/data.md: scripts read them.
 KEYS = set("ok problems warnings notes recipe loss_on max_length sources train evaluation samples cache".split())
 
 

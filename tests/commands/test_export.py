@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from finetune.commands.export import TOLERANCES, merge_adapter
+from finetune.commands.export import merge_adapter
 from finetune.errors import UserError
+from finetune.model.merge import TOLERANCES
 from finetune.model.save import BrokenExport, write_model
 from tests.support.tiny_models import tiny_model
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tokenizers import processors
 
-from finetune.commands.generate import prompt_ids
 from finetune.errors import UserError
+from finetune.model.generation import prompt_ids
 from finetune.model.tokenizer import stop_token_ids
 from tests.support.data import CHATML, LLAMA3, MISTRAL, make_tokenizer
 

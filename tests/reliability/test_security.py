@@ -19,8 +19,8 @@ import torch
 from typer.testing import CliRunner
 
 from finetune.checkpoint import manifest, snapshots
-from finetune.checkpoint.export import export_checkpoint
 from finetune.checkpoint.identity import differences
+from finetune.commands.checkpoints import export_checkpoint
 from finetune.commands.cli import app
 from finetune.commands.train import train_in_place
 from finetune.engine.optimizer import make_optimizer
@@ -247,13 +247,14 @@ def test_a_runs_folder_cannot_say_that_code_is_trusted(saved_runs, tmp_path, can
 
 def test_an_adapter_that_is_a_pickle(saved_runs, tmp_path, canary):
     from finetune.model import saved
+    from finetune.model.trained_folder import find
 
     folder = Path(shutil.copytree(saved_runs["LoRA"] / "model", tmp_path / "model"))
     (folder / "adapter_model.safetensors").unlink()
     for kind in ("torch", "old torch", "pickle"):
         (folder / "adapter_model.bin").write_bytes(bombs(canary)[kind])
         with pytest.raises(UserError, match="its adapter cannot be loaded"):
-            saved.load(saved.find(str(folder)), torch.device("cpu"))
+            saved.load(find(str(folder)), torch.device("cpu"))
 
 
 def test_a_bomb_in_the_token_cache_is_written_anew(tmp_path, canary, monkeypatch):

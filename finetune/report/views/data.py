@@ -22,7 +22,7 @@ _BLOCKS = " ▏▎▍▌▋▊▉"
 
 
 def show(document: Mapping, console: Console | None = None) -> None:
-    """Print the report of `finetune.commands.data.examine`: sample rows, figures, lengths, what to mend.
+    """Print the report of `finetune.commands.data_document.examine`: sample rows, figures, lengths, what to mend.
 
     Where the terminal has no colours, trained text stands between ⟦ and ⟧.
     """

@@ -166,7 +166,7 @@ def _changes(document: Mapping) -> Text | None:
     failed = [f"  {row['name']}: {_miss(row)}" for row in document["rungs"] if not row["fits"]]
     if change is None:
         nearest = document["nearest"]
-        lines = ["No change of the ladder makes it fit."] + failed
+        lines = ["No change of the ladder makes it fit.", *failed]
         if nearest:
             lines.append(
                 f"Nearest: {nearest['name']} with {nearest['micro_batch_rows']}"
