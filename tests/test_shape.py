@@ -36,6 +36,11 @@ TORCH_FREE = (
     *("report.redact", "report.run_folder", "report.console", "checkpoint.manifest", "checkpoint.snapshots"),
     *("checkpoint.survey", "model.parameters", "model.trained_folder", "commands.cli"),
 )
+# How many imports of our own stand inside functions: one where each command's first stage ends, and none elsewhere.
+LATE_IMPORTS = {
+    f"commands.{name}": 1
+    for name in ("check", "checkpoints", "data", "export", "generate", "libraries", "plan", "train", "verify")
+}
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "bitsandbytes")
 MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_STEP_LINES, MOST_FILES_IN_A_ROOM = 335, 64, 46, 16
 
@@ -115,6 +120,22 @@ def test_rooms_are_small_and_their_files_are_named_for_one_thing():
         if folder != PACKAGE:
             assert not [stem for stem in stems if stem.startswith(f"{folder.name}_")], folder
             assert not set(stems) & {inner.name for inner in folder.iterdir() if inner.is_dir()}, folder
+
+
+def test_our_own_modules_are_imported_at_the_top_of_a_file():
+    """Inside a function stands only what follows a command's first stage, and what an entry point needs."""
+    late = {
+        name_of(file): len({node.lineno for function in own for node in ast.walk(function) if is_own_import(node)})
+        for file in FILES
+        if (own := [n for n in ast.walk(tree(file)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))])
+    }
+    assert {name: count for name, count in late.items() if count} == LATE_IMPORTS
+
+
+def is_own_import(node: ast.AST) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").split(".")[0] == "finetune"
+    return isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "finetune" for alias in node.names)
 
 
 def test_imports_make_no_circle():
