@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from finetune.batching.batch_size import BatchSchedule
@@ -25,6 +25,19 @@ class BatchPlan:
     ranks: int
     # the micro-batch is chosen by memory once the model and the rows are known; until then it is one row
     open: bool = False
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Rows of one rank per optimizer step."""
+        return self.global_batch_rows // self.ranks
+
+    def micro_batches(self) -> list[int]:
+        """Rows per micro-batch that divide a rank's rows, smallest first."""
+        return [rows for rows in range(1, self.rows_per_rank + 1) if self.rows_per_rank % rows == 0]
+
+    def with_micro_batch(self, rows: int) -> BatchPlan:
+        """The same global batch in micro-batches of `rows` rows."""
+        return replace(self, per_device_rows=rows, accumulation_steps=self.rows_per_rank // rows, open=False)
 
     def steps(self, rows: int) -> int:
         """K of a window of `rows` rows."""

@@ -6,19 +6,20 @@ import dataclasses
 from typing import Any
 
 from finetune.launch.strategy import Strategy
-from finetune.memory.strategies import Ground, Outcome, launch_file_of
+from finetune.memory.strategies import launch_file_of
+from finetune.memory.verdict import Outcome, PlanInputs
 
 
-def lines_of(recipe_path: str, ground: Ground, one: Outcome) -> dict[str, Any]:
+def lines_of(recipe_path: str, inputs: PlanInputs, one: Outcome) -> dict[str, Any]:
     """What makes it fit, as lines to copy: of the recipe, of the launch file, and both on one command line."""
-    settled, case = ground.settled, one.case
-    before, after = settled.loaded.recipe, case.loaded.recipe
+    settled, scenario = inputs.settled, one.scenario
+    before, after = settled.loaded.recipe, scenario.loaded.recipe
     values: dict[str, dict[str, Any]] = {}
     training: dict[str, Any] = {}
-    if not settled.batch.open and case.rows != settled.batch.per_device_rows:
-        training["per_device_train_batch_size"] = case.rows
+    if not settled.batch.open and scenario.rows != settled.batch.per_device_rows:
+        training["per_device_train_batch_size"] = scenario.rows
         if before.training.gradient_accumulation_steps != "auto":
-            training["gradient_accumulation_steps"] = case.steps
+            training["gradient_accumulation_steps"] = scenario.steps
     if after.training.gradient_checkpointing != before.training.gradient_checkpointing:
         training["gradient_checkpointing"] = True
     if after.model.load_in_4bit and not before.model.load_in_4bit:
@@ -33,7 +34,9 @@ def lines_of(recipe_path: str, ground: Ground, one: Outcome) -> dict[str, Any]:
         for line in (f"{section}:", *(f"  {key}: {_yaml(v)}" for key, v in keys.items()))
     ]
     overrides = [f"{section}.{key}={_yaml(value)}" for section, keys in values.items() for key, value in keys.items()]
-    file, launch_lines, command = _launch(settled.strategy, case.strategy, case.rows != settled.batch.per_device_rows)
+    file, launch_lines, command = _launch(
+        settled.strategy, scenario.strategy, scenario.rows != settled.batch.per_device_rows
+    )
     return {
         "recipe_lines": lines,
         "launch_file": file,

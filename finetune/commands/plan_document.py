@@ -1,4 +1,4 @@
-"""The document of `finetune plan`: cases and their outcomes as plain values, with what there is to copy."""
+"""The document of `finetune plan`: scenarios and their outcomes as plain values, with what there is to copy."""
 
 from __future__ import annotations
 
@@ -17,22 +17,11 @@ from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.launch.compatibility import FLASH
 from finetune.launch.preflight import Settled
 from finetune.memory import offload_traffic
-from finetune.memory.estimate import Range, traces
+from finetune.memory.estimate import ByteRange, traces
 from finetune.memory.micro_batch import DEVICE_MARGIN, HOST_MARGIN
 from finetune.memory.resident import ITEMS
-from finetune.memory.strategies import (
-    Case,
-    Ground,
-    Machine,
-    Outcome,
-    as_it_stands,
-    climb,
-    device_range,
-    host_range,
-    nearest,
-    outcome,
-    table,
-)
+from finetune.memory.strategies import as_configured, first_that_fits, nearest, table
+from finetune.memory.verdict import Machine, Outcome, PlanInputs, Scenario, device_range, host_range, outcome
 from finetune.model.facts import read_facts
 from finetune.process.host_memory import host_memory
 from finetune.recipe import sizes
@@ -60,9 +49,9 @@ def document(
         notes.append(f"{attention} does not run here: traced with sdpa, which keeps as much")
     model = read_facts(settled.loaded)
     tokens = min(settled.loaded.recipe.data.max_length, model.max_positions or sys.maxsize)
-    ground = Ground(settled, model, tokens, _machine(settled, device_bytes, host_bytes))
+    inputs = PlanInputs(settled, model, tokens, _machine(settled, device_bytes, host_bytes))
     gc.freeze()  # traces make objects by the million, and what was imported need not be looked through each time
-    return _document(recipe_path, ground, notes)
+    return _document(recipe_path, inputs, notes)
 
 
 def _machine(settled: Settled, device: int | None, host: int | None) -> Machine:
@@ -87,17 +76,19 @@ def _machine(settled: Settled, device: int | None, host: int | None) -> Machine:
     return Machine(*on_device, *on_host)
 
 
-def _document(recipe_path: str, ground: Ground, notes: list[str]) -> dict[str, Any]:
-    settled = ground.settled
+def _document(recipe_path: str, inputs: PlanInputs, notes: list[str]) -> dict[str, Any]:
+    settled = inputs.settled
     strategy, batch = settled.strategy, settled.batch
     if batch.open:  # the micro-batch is chosen first, and the other strategies are shown with the same one
-        stands = as_it_stands(ground)
-        batch = dataclasses.replace(batch, per_device_rows=stands.case.rows, accumulation_steps=stands.case.steps)
-        outcomes = _outcomes(ground, table(dataclasses.replace(settled, batch=batch)))
+        stands = as_configured(inputs)
+        batch = dataclasses.replace(
+            batch, per_device_rows=stands.scenario.rows, accumulation_steps=stands.scenario.steps
+        )
+        outcomes = _outcomes(inputs, table(dataclasses.replace(settled, batch=batch)))
     else:
-        stands, outcomes = _side_by_side(ground, table(settled))
+        stands, outcomes = _side_by_side(inputs, table(settled))
     assert stands.found is not None  # settled: what is refused has been refused
-    tried = climb(ground) if stands.fits is False else []
+    tried = first_that_fits(inputs) if stands.fits is False else []
     change = tried[-1] if tried and tried[-1].fits else None
     missed = nearest(tried) if tried and change is None else None
     weights = stands.found.weights
@@ -109,67 +100,73 @@ def _document(recipe_path: str, ground: Ground, notes: list[str]) -> dict[str, A
         "batch": dataclasses.asdict(batch),
         "model": {
             "name": settled.loaded.recipe.model.name_or_path,
-            "architecture": ground.facts.architecture,
+            "architecture": inputs.facts.architecture,
             "parameters": weights.elements,
             "trained_parameters": weights.trained_elements,
-            "longest_row_tokens": ground.tokens,
+            "longest_row_tokens": inputs.tokens,
             "traced": stands.found.traced,
         },
-        "memory": dataclasses.asdict(ground.machine),
+        "memory": dataclasses.asdict(inputs.machine),
         "fits": stands.fits,
-        "verdict": stands.word,
+        "verdict": stands.verdict,
         "as_it_stands": row(stands),
         "strategies": [row(one) for one in outcomes],
         "rungs": [row(one) for one in tried],
-        "change": change and row(change) | lines_of(recipe_path, ground, change),
+        "change": change and row(change) | lines_of(recipe_path, inputs, change),
         "nearest": missed and row(missed),
-        "impossible": _impossible(ground, outcomes, weights.elements),
+        "impossible": _impossible(inputs, outcomes, weights.elements),
         "offload": [
-            _offload(one) for one in (stands, *outcomes) if one.found and one.case.strategy.offload_optimizer != "none"
+            _offload(one)
+            for one in (stands, *outcomes)
+            if one.found and one.scenario.strategy.offload_optimizer != "none"
         ],
         "links": LINKS,
         "notes": notes,
     }
 
 
-def _outcomes(ground: Ground, cases: list[Case]) -> list[Outcome]:
-    return [outcome(ground, case) for case in cases]
+def _outcomes(inputs: PlanInputs, scenarios: list[Scenario]) -> list[Outcome]:
+    return [outcome(inputs, scenario) for scenario in scenarios]
 
 
-def _side_by_side(ground: Ground, cases: list[Case]) -> tuple[Outcome, list[Outcome]]:
+def _side_by_side(inputs: PlanInputs, scenarios: list[Scenario]) -> tuple[Outcome, list[Outcome]]:
     """(the recipe as it stands, the table's outcomes). A second process traces half of them, where forking one is safe:
     without a GPU.
     """
     if sys.platform != "linux" or (os.cpu_count() or 1) < 2 or has_accelerator():
-        return as_it_stands(ground), _outcomes(ground, cases)
-    own = [case for case in cases if case.strategy.engine != "deepspeed" and case.loaded.recipe.lora is None]
+        return as_configured(inputs), _outcomes(inputs, scenarios)
+    own = [
+        scenario
+        for scenario in scenarios
+        if scenario.strategy.engine != "deepspeed" and scenario.loaded.recipe.lora is None
+    ]
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        rest = pool.submit(_elsewhere, ground, [case for case in cases if case not in own])
-        stands, mine = as_it_stands(ground), _outcomes(ground, own)
+        rest = pool.submit(_elsewhere, inputs, [one for one in scenarios if one not in own])
+        stands, mine = as_configured(inputs), _outcomes(inputs, own)
         theirs, traced = rest.result()
     traces.update(traced)
     return stands, mine + theirs
 
 
-def _elsewhere(ground: Ground, cases: list[Case]) -> tuple[list[Outcome], dict]:
-    return _outcomes(ground, cases), traces
+def _elsewhere(inputs: PlanInputs, scenarios: list[Scenario]) -> tuple[list[Outcome], dict]:
+    return _outcomes(inputs, scenarios), traces
 
 
 def row(one: Outcome) -> dict[str, Any]:
-    """One case. Bytes of one rank, but for `host_total` and `nvme_total` (all ranks of a machine) and `disk` (all
+    """One scenario. Bytes of one rank, but for `host_total` and `nvme_total` (all ranks of a machine) and `disk` (all
     ranks).
     """
-    case, found = one.case, one.found
+    scenario, found = one.scenario, one.found
     head = {
-        "name": case.name,
-        "engine": case.strategy.engine,
-        "zero_stage": case.strategy.zero_stage,
-        "offload_optimizer": case.strategy.offload_optimizer,
-        "offload_param": case.strategy.offload_param,
-        "micro_batch_rows": case.rows,
-        "accumulation_steps": case.steps,
-        "changes_mathematics": case.changes_mathematics,
-        "refused": case.refused or None,
+        "name": scenario.name,
+        "engine": scenario.strategy.engine,
+        "zero_stage": scenario.strategy.zero_stage,
+        "offload_optimizer": scenario.strategy.offload_optimizer,
+        "offload_param": scenario.strategy.offload_param,
+        "micro_batch_rows": scenario.rows,
+        "accumulation_steps": scenario.steps,
+        "changes_mathematics": scenario.changes_mathematics,
+        "refused": scenario.refused or None,
     }
     if found is None:
         return head | dict.fromkeys(
@@ -196,7 +193,7 @@ def row(one: Outcome) -> dict[str, Any]:
     items["buffers"] += found.items.get("other", 0.0)
     items["overhead"] = need.expected - tensors.expected
     return head | {
-        "verdict": one.word,
+        "verdict": one.verdict,
         "fits": one.fits,
         "over_device_bytes": round(one.over_device_bytes),
         "over_host_bytes": round(one.over_host_bytes),
@@ -206,8 +203,8 @@ def row(one: Outcome) -> dict[str, Any]:
         "items": {item: round(size) for item, size in items.items()},
         "device": _rounded(device_range(found)),
         "host": _rounded(found.host_needed),
-        "host_total": _rounded(host_range(found, case)),
-        "nvme_total": round(found.nvme_bytes * case.local_ranks),
+        "host_total": _rounded(host_range(found, scenario.strategy)),
+        "nvme_total": round(found.nvme_bytes * scenario.strategy.local_ranks),
         "disk": round(found.disk_bytes),
         "parts": {
             place: {part: {item: round(size) for item, size in items.items()} for part, items in parts.items()}
@@ -216,13 +213,13 @@ def row(one: Outcome) -> dict[str, Any]:
     }
 
 
-def _rounded(need: Range) -> dict[str, int]:
+def _rounded(need: ByteRange) -> dict[str, int]:
     return {name: round(size) for name, size in dataclasses.asdict(need).items()}
 
 
-def _impossible(ground: Ground, outcomes: list[Outcome], parameters: int) -> list[str]:
+def _impossible(inputs: PlanInputs, outcomes: list[Outcome], parameters: int) -> list[str]:
     """What no micro-batch and no K can make fit, with the arithmetic; nothing where the weights alone fit a device."""
-    limit = ground.machine.device_bytes
+    limit = inputs.machine.device_bytes
     weights = WEIGHT_BYTES * parameters
     if limit is None or weights <= limit:
         return []
@@ -246,18 +243,18 @@ def _offload(one: Outcome) -> dict[str, Any]:
     """What one rank moves, per micro-batch and per step, and how K spreads it; seconds if nothing overlaps:
     arithmetic.
     """
-    case, found = one.case, one.found
+    scenario, found = one.scenario, one.found
     assert found is not None
-    recipe = case.loaded.recipe
-    settings = derive_settings(found.weights, case.strategy)
+    recipe = scenario.loaded.recipe
+    settings = derive_settings(found.weights, scenario.strategy)
     distance = settings.get("stage3_max_reuse_distance", offload_traffic.REUSE_DISTANCE_ELEMENTS)
     moved = offload_traffic.traffic(
-        found.weights, case.strategy, recipe.training.optim, recipe.training.gradient_checkpointing, distance
+        found.weights, scenario.strategy, recipe.training.optim, recipe.training.gradient_checkpointing, distance
     )
     at = []
-    for steps in sorted({*MANY, case.steps}):
+    for steps in sorted({*MANY, scenario.steps}):
         whole = moved.of_step(steps)
-        seconds = offload_traffic.seconds(whole, ranks_per_disk=case.local_ranks)
+        seconds = offload_traffic.seconds(whole, ranks_per_disk=scenario.strategy.local_ranks)
         at.append(
             {
                 "accumulation_steps": steps,
@@ -269,8 +266,8 @@ def _offload(one: Outcome) -> dict[str, Any]:
             }
         )
     return {
-        "name": case.name,
-        "accumulation_steps": case.steps,
+        "name": scenario.name,
+        "accumulation_steps": scenario.steps,
         "micro_batch": dataclasses.asdict(moved.micro_batch),
         "step": dataclasses.asdict(moved.step),
         "at": at,

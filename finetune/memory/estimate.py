@@ -2,7 +2,7 @@
 item.
 
 Activations, losses and one process's whole step are traced (trace.py); what engines shard, offload and buffer is
-arithmetic (formulas.py, zero.py). Where a model cannot be traced, formulas with a wide range stand in, and `traced`
+arithmetic (formulas.py, zero/). Where a model cannot be traced, formulas with a wide range stand in, and `traced`
 says so."""
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from finetune.engine.deepspeed import buffers
-from finetune.errors import UserError, reason
+from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
 from finetune.memory import activations, formulas
 from finetune.memory.resident import Resident
-from finetune.memory.trace import Numbers, Profile, Shape, continued, part_of, profile
-from finetune.memory.zero import resident as zero
+from finetune.memory.trace import MicroBatchShape, Precision, Profile, continued, part_of, profile
+from finetune.memory.zero.stages import resident_sharded
 from finetune.model.facts import ModelFacts
-from finetune.model.outline import outline, outlined, weights_of_outline
+from finetune.model.outline import outlined
 from finetune.model.parameters import DTYPE_BYTES, Weights
 from finetune.recipe.load import Loaded
 
 Items = Mapping[str, float]
-PARTS = ("load", "forward", "loss", "layer", "optimizer step", "save")
 DYNAMIC = ("activations", "logits and loss")  # what no engine shards
 # Beside what tensors take. No GPU has measured the device's yet: NVIDIA's context and library workspaces take a few
 # hundred MiB, the caching allocator keeps blocks it cannot reuse. The host's is what a trainer's imports alone take on
@@ -39,8 +38,8 @@ ENGINE_SPREAD = (0.9, 1.1)  # what DDP and ZeRO hold is arithmetic; one process 
 
 
 @dataclass(frozen=True)
-class Range:
-    """Bytes: `low` is surely needed, `high` surely enough."""
+class ByteRange:
+    """`low` is surely needed, `high` surely enough."""
 
     low: float
     expected: float
@@ -53,8 +52,8 @@ class Estimate:
     `host` are the peaks over all parts, of tensors alone. On a CPU-only run everything is in `host`."""
 
     parts: Mapping[str, Mapping[str, Items]]
-    device: Range
-    host: Range
+    device: ByteRange
+    host: ByteRange
     nvme_bytes: float
     disk_bytes: float  # checkpoints that are kept, one more while it is written, and the exported model: over all ranks
     traced: bool
@@ -85,35 +84,39 @@ class Estimate:
         )
 
     @property
-    def device_needed(self) -> Range:
+    def device_needed(self) -> ByteRange:
         """The device's tensors with what the driver and the allocator take on top."""
         if self.on_cpu:
-            return Range(0.0, 0.0, 0.0)
+            return ByteRange(0.0, 0.0, 0.0)
         low, expected, high = dataclasses.astuple(self.device)
         context = DEVICE_CONTEXT_BYTES
-        return Range(low, expected * (1 + FRAGMENTED_SHARE) + context, high * (1 + 2 * FRAGMENTED_SHARE) + 2 * context)
+        return ByteRange(
+            low, expected * (1 + FRAGMENTED_SHARE) + context, high * (1 + 2 * FRAGMENTED_SHARE) + 2 * context
+        )
 
     @property
-    def host_needed(self) -> Range:
+    def host_needed(self) -> ByteRange:
         """One rank's tensors on the host with its libraries."""
         low, expected, high = dataclasses.astuple(self.host)
-        return Range(low, expected + HOST_LIBRARIES_BYTES, high + 2 * HOST_LIBRARIES_BYTES)
+        return ByteRange(low, expected + HOST_LIBRARIES_BYTES, high + 2 * HOST_LIBRARIES_BYTES)
 
 
 def estimate(
-    loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: Shape, accumulation_steps: int, on_cpu: bool
+    loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: MicroBatchShape, accumulation_steps: int, on_cpu: bool
 ) -> Estimate:
     """The bytes of one rank that trains micro-batches of this shape, so many per optimizer step.
 
     Raises UserError where the recipe asks for what this model does not have.
     """
-    numbers = Numbers(
-        strategy.mixed_precision, strategy.engine == "deepspeed", on_cpu, adapters_stay=strategy.zero_stage == 3
+    precision = Precision(
+        strategy.mixed_precision, strategy.engine == "deepspeed", on_cpu, fp32_adapters=strategy.zero_stage == 3
     )
     # of engines that hold the gradients, only activations and losses are traced, and K changes nothing there
-    seen = traced_once(loaded, facts, shape, min(accumulation_steps, 2) if strategy.engine == "single" else 1, numbers)
+    seen = traced_once(
+        loaded, facts, shape, min(accumulation_steps, 2) if strategy.engine == "single" else 1, precision
+    )
     traced = seen is not None
-    seen = seen or _guessed(loaded, facts, shape, numbers)
+    seen = seen or activations.profile_by_formula(loaded, facts, shape, precision)
     seen = dataclasses.replace(seen, weights=_packed(seen.weights))
     resident = _resident(loaded, strategy, seen.weights, on_cpu, accumulation_steps)
     window = _alone(seen, resident, loaded) if strategy.engine == "single" and traced else _sharded(seen, resident)
@@ -147,18 +150,18 @@ traces: dict[tuple, dict[int, Profile] | None] = {}  # by rows; None where the m
 
 
 def traced_once(
-    loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers
+    loaded: Loaded, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
 ) -> Profile | None:
     """`profile`, which is a function of these alone; None where the model's own code does not run on fake tensors.
 
     Two numbers of padded rows are traced; others are continued from them, event by event, because every tensor's size
     is a constant and a multiple of the rows (tests/commands/test_plan.py compares with traces)."""
     recipe = loaded.recipe
-    if recipe.model.load_in_4bit and (numbers.precision, facts.export_dtype) == ("bf16", "bfloat16"):
+    if recipe.model.load_in_4bit and (precision.mixed_precision, facts.export_dtype) == ("bf16", "bfloat16"):
         # what bitsandbytes makes of packed weights, each time, is what LoRA computes with: the same trace
         unpacked = recipe.model.model_copy(update={"load_in_4bit": False})
         plain = dataclasses.replace(loaded, recipe=recipe.model_copy(update={"model": unpacked}))
-        seen = traced_once(plain, facts, shape, micro_batches, numbers)
+        seen = traced_once(plain, facts, shape, micro_batches, precision)
         return seen and Profile(seen.series, outlined(loaded, facts).weights)
     key = (
         recipe.model,
@@ -171,7 +174,7 @@ def traced_once(
         shape.tokens,
         shape.padded,
         micro_batches,
-        numbers,
+        precision,
     )
     known = traces.setdefault(key, {})
     if known is None:
@@ -182,7 +185,7 @@ def traced_once(
             times = Fraction(shape.rows - first, second - first)
             return Profile(continued(one.series, other.series, times), one.weights)
         try:
-            known[shape.rows] = _quietly_profiled(loaded, facts, shape, micro_batches, numbers)
+            known[shape.rows] = _quietly_profiled(loaded, facts, shape, micro_batches, precision)
         except UserError:
             raise
         except Exception:  # noqa: BLE001 - a model's own code may look at values, which fake tensors have none of; formulas stand in
@@ -191,69 +194,17 @@ def traced_once(
     return known[shape.rows]
 
 
-def _quietly_profiled(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers) -> Profile:
+def _quietly_profiled(
+    loaded: Loaded, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
+) -> Profile:
     """Without the traceback that torch logs of an operation that refuses fake tensors."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        return profile(loaded, facts, shape, micro_batches, numbers)
+        return profile(loaded, facts, shape, micro_batches, precision)
     finally:
         log.setLevel(level)
-
-
-def _guessed(loaded: Loaded, facts: ModelFacts, shape: Shape, numbers: Numbers) -> Profile:
-    """What formulas say of activations and losses, as a trace would. Raises UserError where not even the outline can be
-    built.
-    """
-    key = "model.name_or_path"
-    try:
-        network = outline(loaded, facts)
-        config, weights = network.config.get_text_config(), weights_of_outline(network, loaded)
-        decoder = _decoder_shape(config, facts)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}, whose memory cannot be estimated:"
-            f" {facts.architecture} cannot be built from its config without weights ({reason(error)}). Give a model of"
-            " a class that transformers has."
-        ) from error
-    mixed, lora = numbers.precision != "no", loaded.recipe.lora is not None
-    autocast = mixed and not numbers.casts
-    checkpointing = loaded.recipe.training.gradient_checkpointing
-    compute = 2 if mixed else DTYPE_BYTES[facts.export_dtype] if lora else 4
-    found = activations.guess_activations(decoder, shape.rows, shape.tokens, compute, checkpointing, autocast, lora)
-    casts = (
-        {"loss": activations.cast_bytes(weights), "layer": 0 if checkpointing else activations.cast_bytes(weights)}
-        if autocast
-        else {}
-    )
-    expected = {
-        part: {
-            item: round(size.expected + casts.get(part, 0) * (item == "activations")) for item, size in items.items()
-        }
-        for part, items in found.items()
-    }
-    loss, layer = expected["loss"], expected["layer"]
-    forward = {"activations": loss["activations"]}
-    return Profile({"forward": [forward], "loss": [loss], "backward": [layer], "optimizer step": [{}]}, weights)
-
-
-def _decoder_shape(config, facts: ModelFacts) -> activations.DecoderShape:
-    """A text config's numbers; of a mixture of experts, as many of them as a token passes through."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    width = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    return activations.DecoderShape(
-        hidden=hidden,
-        intermediate=width * experts,
-        layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
-        vocabulary=facts.vocabulary,
-    )
 
 
 def _packed(weights: Weights) -> Weights:
@@ -270,7 +221,7 @@ def _packed(weights: Weights) -> Weights:
 def _resident(loaded: Loaded, strategy: Strategy, weights: Weights, on_cpu: bool, micro_batches: int) -> Resident:
     optim = loaded.recipe.training.optim
     if strategy.engine == "deepspeed":
-        return zero.resident(
+        return resident_sharded(
             weights, strategy, optim, buffers.derive_settings(weights, strategy), on_cpu, micro_batches > 1
         )
     return formulas.resident_plain(weights, strategy.ranks, optim, on_cpu, micro_batches > 1)
@@ -278,15 +229,16 @@ def _resident(loaded: Loaded, strategy: Strategy, weights: Weights, on_cpu: bool
 
 def _alone(seen: Profile, resident: Resident, loaded: Loaded) -> dict[str, dict[str, Items]]:
     """One process: the traced parts as they are, but for what cannot be traced: packed weights and 8-bit states."""
-    device = {}
-    for name, alive in seen.series.items():
-        kinds = dict(max(alive, key=lambda kinds: sum(kinds.values())))
+    device: dict[str, Items] = {}
+    for name, series in seen.series.items():
+        most = max(series, key=_total)
+        kinds: dict[str, float] = {**most}
         if loaded.recipe.model.load_in_4bit:
             kinds["parameters"] = resident.device["parameters"]
         if not kinds.get("optimizer states"):
             kinds["optimizer states"] = resident.device.get("optimizer states", 0.0)
         part = part_of(name)
-        device[part] = max(device.get(part, {}), kinds, key=lambda items: sum(items.values()))
+        device[part] = max(device.get(part, {}), kinds, key=_total)
     return {"device": device, "host": {part: dict(resident.host) for part in device}}
 
 
@@ -306,16 +258,20 @@ def _sharded(seen: Profile, resident: Resident) -> dict[str, dict[str, Items]]:
 
 def _edge(resident: Resident, place: str, part: str, total: bool) -> dict[str, Items]:
     """`load` or `save` at a place; nothing where the formulas say nothing of it. `total`: they say all that is there
-    (zero.py), else what comes on top."""
+    (zero/), else what comes on top."""
     items = getattr(resident, part)
     return {part: _sum({} if total else getattr(resident, place), items.get(place, {}))} if items else {}
+
+
+def _total(items: Mapping[str, float]) -> float:
+    return sum(items.values())
 
 
 def _sum(a: Items, b: Items) -> dict[str, float]:
     return {item: a.get(item, 0.0) + b.get(item, 0.0) for item in {*a, *b}}
 
 
-def _range(parts: Mapping[str, Items], spread: tuple[float, float], dynamic: tuple[float, float]) -> Range:
+def _range(parts: Mapping[str, Items], spread: tuple[float, float], dynamic: tuple[float, float]) -> ByteRange:
     """The peak, with these factors for its ends; `dynamic` those of activations and losses."""
 
     def peak(place: int | None) -> float:
@@ -325,4 +281,4 @@ def _range(parts: Mapping[str, Items], spread: tuple[float, float], dynamic: tup
             default=0.0,
         )
 
-    return Range(peak(0), peak(None), peak(1))
+    return ByteRange(peak(0), peak(None), peak(1))

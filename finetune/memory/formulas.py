@@ -1,5 +1,5 @@
 """Memory of one process and DDP, of quantised weights, optimizers and checkpoints, as arithmetic. Torch-free; ZeRO:
-zero.py.
+zero/.
 
 What allocators round up (CUDA's to 512 bytes) and keep is not in here.
 """
@@ -14,7 +14,6 @@ from finetune.model.parameters import Weights
 
 MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}  # per trained parameter
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
-NF4_BYTES_EACH = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_NESTED_BLOCK)  # 0.51587, of a large weight
 NF4_TABLES_BYTES = 16 * 4 + 256 * 4 + 4  # of every weight: the 16 levels, the 256 of its scales, their mean
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST_ELEMENTS = 256, 4096
 EIGHT_BIT_TABLES_BYTES = 2 * 256 * 4  # the levels of the two moments
@@ -107,11 +106,11 @@ def _adamw_buffers(sizes: list[int]) -> int:
     """torch's AdamW tensor by tensor, as it runs on a CPU: the root of the second moment and its quotient, beside the
     quotient of the tensor before (torch 2.13, optim/adam.py, _single_tensor_adam). The fused one of a GPU needs none.
     """
-    return max((4 * (2 * n + before) for n, before in zip(sizes, [0, *sizes])), default=0)
+    return max((4 * (2 * n + before) for n, before in zip(sizes, [0, *sizes], strict=False)), default=0)
 
 
 def _load(weights: Weights, ddp: bool, on_cpu: bool) -> dict[str, dict[str, float]]:
-    """What reading the checkpoint takes for a moment (model.py, load_model): it is read on the host and then moved, but
+    """What reading the checkpoint takes for a moment (model/load.py): it is read on the host and then moved, but
     for 4-bit weights, which are quantised on the device, one 16-bit weight at a time; DDP sends rank 0's weights round
     in pieces."""
     read = sum(w.elements * w.bytes_each for w in weights.all if not w.quantised)
@@ -125,7 +124,7 @@ def _load(weights: Weights, ddp: bool, on_cpu: bool) -> dict[str, dict[str, floa
 def _save(weights: Weights, optim: str, on_cpu: bool) -> dict[str, dict[str, float]]:
     """What saving takes on rank 0 on top, between two windows, one after the other: a checkpoint copies the optimizer's
     tensors from a GPU to the host, and on the host only the 8-bit tables that tensors share (engine/state.py, _split);
-    the export gathers its tensors on the host (engine.gather_state)."""
+    the export gathers its tensors on the host (engine.full_state_dict)."""
     trained = [weight for weight in weights.all if weight.trained]
     sizes = [weight.elements for weight in trained]
     states = saved_optimizer_bytes(sizes, optim)

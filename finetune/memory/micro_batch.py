@@ -4,7 +4,6 @@ follows from it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from finetune.batching.plan import BatchPlan
@@ -12,11 +11,11 @@ from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.errors import UserError
 from finetune.launch.preflight import Settled, fewest_rows
 from finetune.memory.estimate import HOST_LIBRARIES_BYTES, Estimate, estimate
-from finetune.memory.trace import Shape
+from finetune.memory.trace import MicroBatchShape
 from finetune.model.facts import ModelFacts
 from finetune.process.host_memory import host_memory
 from finetune.recipe.sizes import parse_bytes
-from finetune.report.text import human_bytes
+from finetune.report.text import count, human_bytes
 
 DEVICE_MARGIN, HOST_MARGIN = 0.05, 0.15  # of what the machine has, left free when training.device_memory is auto
 KEY = "training.device_memory"
@@ -32,7 +31,7 @@ def budget_bytes(settled: Settled) -> tuple[float, str]:
     if has_accelerator():
         limit = device_limit_bytes()
         return limit * (1 - DEVICE_MARGIN), f"this device's {human_bytes(limit)} less {DEVICE_MARGIN:.0%}"
-    memory, local = host_memory(), max(1, settled.strategy.ranks // settled.strategy.machines)
+    memory, local = host_memory(), settled.strategy.local_ranks
     share = memory.limit_bytes * (1 - HOST_MARGIN) / local - HOST_LIBRARIES_BYTES
     return share, f"a rank's share of {memory} less {HOST_MARGIN:.0%} and the libraries"
 
@@ -44,8 +43,7 @@ def needed_bytes(found: Estimate) -> float:
 
 def micro_batches(settled: Settled) -> list[int]:
     """Rows per micro-batch that divide the global batch of this many ranks, smallest first."""
-    of_rank = settled.batch.global_batch_rows // settled.batch.ranks
-    return [rows for rows in range(1, of_rank + 1) if of_rank % rows == 0 and rows < fewest_rows(settled)]
+    return [rows for rows in settled.batch.micro_batches() if rows < fewest_rows(settled)]
 
 
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
@@ -70,14 +68,13 @@ def choose_micro_batch(
     """
     loaded, strategy, batch = settled.loaded, settled.strategy, settled.batch
     budget, source = budget_bytes(settled)
-    of_rank = batch.global_batch_rows // batch.ranks
     sizes = micro_batches(settled)
     needs: dict[int, float] = {}
 
     def fits(rows: int) -> bool:
-        shape = Shape(rows, longest_tokens, padded=rows > 1)
+        shape = MicroBatchShape(rows, longest_tokens, padded=rows > 1)
         needs[rows] = needed_bytes(
-            estimate(loaded, facts, strategy, shape, of_rank // rows, on_cpu=not has_accelerator())
+            estimate(loaded, facts, strategy, shape, batch.rows_per_rank // rows, on_cpu=not has_accelerator())
         )
         return needs[rows] <= budget
 
@@ -88,13 +85,13 @@ def choose_micro_batch(
             f" {human_bytes(needs[sizes[0]])}, and there is {human_bytes(budget)} ({source}). `finetune plan` says what"
             " would fit."
         )
-    result = dataclasses.replace(batch, per_device_rows=chosen, accumulation_steps=of_rank // chosen, open=False)
+    result = batch.with_micro_batch(chosen)
     larger = next((n for n in sizes if n > chosen), None)
     if larger is not None and larger not in needs:
         fits(larger)
     more = f"; {larger} would take {human_bytes(needs[larger])}" if larger else ""
     say(
-        f"auto: {chosen} row{'s' * (chosen > 1)} of at most {longest_tokens} tokens per micro-batch take"
+        f"auto: {count(chosen, 'row')} of at most {longest_tokens} tokens per micro-batch take"
         f" {human_bytes(needs[chosen])} of {human_bytes(budget)} ({source}){more}. {result.line()}"
     )
     return result
@@ -102,8 +99,5 @@ def choose_micro_batch(
 
 def next_smaller(batch: BatchPlan) -> BatchPlan | None:
     """The same global batch with the next smaller micro-batch; None below one row."""
-    of_rank = batch.global_batch_rows // batch.ranks
-    smaller = [n for n in range(1, batch.per_device_rows) if of_rank % n == 0]
-    if not smaller:
-        return None
-    return dataclasses.replace(batch, per_device_rows=smaller[-1], accumulation_steps=of_rank // smaller[-1])
+    smaller = [rows for rows in batch.micro_batches() if rows < batch.per_device_rows]
+    return batch.with_micro_batch(smaller[-1]) if smaller else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 
+from finetune.engine.deepspeed.buffers import PERSISTENT_ELEMENTS, SWAPPED_BYTES
 from finetune.launch.strategy import Strategy
 from finetune.memory.formulas import MOMENTS_BYTES
 from finetune.model.parameters import Weight, Weights
@@ -17,11 +18,8 @@ from finetune.model.parameters import Weight, Weights
 # 5.0: 16 and 32 GT/s per lane, 128b/130b coding, so 31.5e9 and 63e9 bytes per second for 16 lanes each way, 7.9e9 for a
 # disk's 4 lanes of 4.0).
 PCIE_4_BYTES_PER_SECOND = 25e9
-PCIE_5_BYTES_PER_SECOND = 50e9
 NVME_BYTES_PER_SECOND = 6e9  # one disk, sequential
 REUSE_DISTANCE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance
-PERSISTENT_ELEMENTS = 100_000  # DeepSpeed's stage3_param_persistence_threshold
-LEAST_SWAPPED_BYTES = 2**20  # what is smaller stays on the host (swap_tensor/utils.py, MIN_AIO_BYTES)
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,6 @@ class Traffic:
     def of_step(self, micro_batches: int) -> Moved:
         """A whole step of K micro-batches."""
         return self.step.plus(self.micro_batch, micro_batches)
-
-    def per_micro_batch(self, micro_batches: int) -> Moved:
-        """The share of one micro-batch: falls towards `micro_batch` as K grows."""
-        return Moved().plus(self.of_step(micro_batches), 1 / micro_batches)
 
 
 @dataclass(frozen=True)
@@ -199,10 +193,7 @@ def _again_within(name: str, uses: list[tuple[str, bool]], start: int, sizes: di
 
 
 def _is_swapped(weight: Weight, strategy: Strategy, compute_bytes: int) -> bool:
-    return (
-        strategy.offload_param == "nvme"
-        and ceil(weight.elements / strategy.ranks) * compute_bytes >= LEAST_SWAPPED_BYTES
-    )
+    return strategy.offload_param == "nvme" and ceil(weight.elements / strategy.ranks) * compute_bytes >= SWAPPED_BYTES
 
 
 def _values(moved: Moved) -> tuple[float, ...]:

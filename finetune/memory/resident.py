@@ -16,7 +16,7 @@ class Resident:
 
     `device` and `host` are there all the time. `gathered_bytes`: most of whole parameters on the device at once in
     forward and backward (ZeRO-3). `backward`, `step`, `load`, `save`: what comes on top in these parts, {place: {item:
-    bytes}}; of `load` and `save` zero.py says all that is there. On a CPU-only run device and host are one memory: the
+    bytes}}; of `load` and `save` zero/ says all that is there. On a CPU-only run device and host are one memory: the
     run takes the sum."""
 
     device: Mapping[str, float]

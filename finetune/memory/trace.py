@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ BETWEEN = "layers between"
 
 
 @dataclass(frozen=True)
-class Shape:
+class MicroBatchShape:
     """A micro-batch: rows of so many tokens each; `padded` where rows differ in length, which makes attention masks."""
 
     rows: int
@@ -38,15 +39,24 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """How numbers are computed: `precision` of the launch file; `casts`: the engine holds all weights in it (DeepSpeed)
-    instead of casting them under autocast; `on_cpu`: which optimizer and clipping run; `adapters_stay`: `casts` does
-    not touch adapters (under ZeRO-3, which they meet after zero.Init)."""
+class Precision:
+    """How the engine computes: `mixed_precision` as in the launch file. `weights_in_compute_dtype`: all weights are
+    held in that type (DeepSpeed) instead of cast under autocast; `fp32_adapters`: adapters are not (under ZeRO-3, where
+    they are made after zero.Init). `on_cpu`: which optimizer and clipping run."""
 
-    precision: str = "no"
-    casts: bool = False
+    mixed_precision: str = "no"
+    weights_in_compute_dtype: bool = False
     on_cpu: bool = True
-    adapters_stay: bool = False
+    fp32_adapters: bool = False
+
+    @property
+    def autocast(self) -> bool:
+        return self.mixed_precision != "no" and not self.weights_in_compute_dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, PRECISION_DTYPES[self.mixed_precision])
+        return dtype
 
 
 Series = dict[str, list[dict[str, int]]]  # of each part of a window, the bytes alive by kind, whenever they grew
@@ -83,20 +93,16 @@ class Profile:
 
 def part_of(traced_part: str) -> str:
     """The part of the run that a traced part belongs to: forward, loss, layer (the backward) or optimizer step."""
-    return (
-        "layer"
-        if traced_part.startswith("backward")
-        else "forward"
-        if traced_part.startswith("forward")
-        else traced_part
-    )
+    return "layer" if traced_part.startswith("backward") else traced_part.partition(",")[0]
 
 
 def _most(alive: list[dict[str, int]]) -> int:
     return max(sum(kinds.values()) for kinds in alive)
 
 
-def profile(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int, numbers: Numbers) -> Profile:
+def profile(
+    loaded: Loaded, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
+) -> Profile:
     """The peaks of a window of `micro_batches` micro-batches of this shape, for the whole model.
 
     Raises whatever a model's own code raises where it cannot run on fake tensors (routing that depends on values, for
@@ -105,12 +111,12 @@ def profile(loaded: Loaded, facts: ModelFacts, shape: Shape, micro_batches: int,
     depth, period, weights = whole.layers, whole.period, whole.weights
     short = 2 * period + depth % period
     if short + period < depth and any(weight.layer is not None for weight in weights.all):
-        traced = [
-            trace(loaded, facts, shape, micro_batches, numbers, layers, period) for layers in (short, short + period)
-        ]
-        series = continued(*traced, (depth - short) // period)
+        first, second = (
+            trace(loaded, facts, shape, micro_batches, precision, layers, period) for layers in (short, short + period)
+        )
+        series = continued(first, second, (depth - short) // period)
     else:
-        series = trace(loaded, facts, shape, micro_batches, numbers, None, period)
+        series = trace(loaded, facts, shape, micro_batches, precision, None, period)
     return Profile(series, weights)
 
 
@@ -134,9 +140,9 @@ def continued(first: Series, second: Series, times: Fraction | int) -> Series:
 def trace(
     loaded: Loaded,
     facts: ModelFacts,
-    shape: Shape,
+    shape: MicroBatchShape,
     micro_batches: int,
-    numbers: Numbers,
+    precision: Precision,
     layers: int | None,
     period: int = 1,
 ) -> Series:
@@ -145,124 +151,128 @@ def trace(
     """
     network = outline(loaded, facts, layers)
     lora, packed = loaded.recipe.lora is not None, loaded.recipe.model.load_in_4bit
-    compute = getattr(torch, PRECISION_DTYPES[numbers.precision])
-    if numbers.precision != "no" and (numbers.casts or packed):
+    if precision.mixed_precision != "no" and (precision.weights_in_compute_dtype or packed):
         # with packed weights bitsandbytes computes with weights of this type, made from them each time
         for parameter in network.parameters():
-            if not (parameter.requires_grad and lora and (packed or numbers.adapters_stay)):
-                parameter.data = parameter.data.to(compute)
+            if not (parameter.requires_grad and lora and (packed or precision.fp32_adapters)):
+                parameter.data = parameter.data.to(precision.compute_dtype)
     tracker = StorageTracker(record=True)
     with pretending(), contextlib.nullcontext() if shape.padded else without_padding():
         network.to_empty(device="cpu")
         network.tie_weights()
         module = SummedLoss(network)
-        optimizer = _optimizer(network, loaded, numbers)
+        optimizer = _optimizer(network, loaded, precision)
         batch = {
             name: torch.ones(shape.rows, shape.tokens, dtype=torch.long)
             for name in ("input_ids", "attention_mask", "labels")
         }
         tracker.forget(batch.values())
-        with tracker, _watched(network, tracker, period):
+        with tracker, StepParts(network, tracker, period).watched():
             tracker.hold([*network.parameters(), *network.buffers()], "parameters")
             # a step without a backward before it: only to make the optimizer's states
             for parameter in network.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            _window(module, optimizer, batch, 0, numbers, tracker, loaded.recipe.training.max_grad_norm)
+            _window(module, optimizer, batch, 0, precision, tracker, loaded.recipe.training.max_grad_norm)
             for parameter in network.parameters():
                 tracker.hold(
                     [t for t in optimizer.state.get(parameter, {}).values() if isinstance(t, Tensor)],
                     "optimizer states",
                 )
             tracker.series.clear()
-            _window(module, optimizer, batch, micro_batches, numbers, tracker, loaded.recipe.training.max_grad_norm)
+            _window(module, optimizer, batch, micro_batches, precision, tracker, loaded.recipe.training.max_grad_norm)
     return tracker.series
 
 
 def _window(
-    module, optimizer, batch: dict[str, Tensor], micro_batches: int, numbers: Numbers, tracker: StorageTracker, limit
+    module: SummedLoss,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    micro_batches: int,
+    precision: Precision,
+    tracker: StorageTracker,
+    limit: float,
 ) -> None:
     """What Engine.micro_step does with one process."""
-    autocast = numbers.precision != "no" and not numbers.casts
-    compute = getattr(torch, PRECISION_DTYPES[numbers.precision]) if autocast else torch.bfloat16
+    compute = precision.compute_dtype if precision.autocast else torch.bfloat16  # autocast warns about float32
     for _ in range(micro_batches):
-        with torch.autocast("cpu", compute, enabled=autocast):
+        with torch.autocast("cpu", compute, enabled=precision.autocast):
             loss = module(batch)
         (loss * 1.0 / 1.0).backward()
     tracker.kind = "buffers"
     tracker.enter("optimizer step")
     parameters = list(module.parameters())
-    clip_on_cpu(parameters, limit) if numbers.on_cpu else nn.utils.clip_grad_norm_(parameters, limit or torch.inf)
+    clip_on_cpu(parameters, limit) if precision.on_cpu else nn.utils.clip_grad_norm_(parameters, limit or torch.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _optimizer(network: nn.Module, loaded: Loaded, numbers: Numbers) -> torch.optim.Optimizer:
+def _optimizer(network: nn.Module, loaded: Loaded, precision: Precision) -> torch.optim.Optimizer:
     """The recipe's optimizer, where torch has it; 8-bit ones keep their states elsewhere (formulas), and step in place
     as SGD does.
     """
     training = loaded.recipe.training
     if training.optim != "adamw":
         return torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=training.learning_rate)
-    return torch_adamw(parameter_groups(network, training), training, fused=not numbers.on_cpu)
+    return torch_adamw(parameter_groups(network, training), training, fused=not precision.on_cpu)
 
 
-@contextlib.contextmanager
-def _watched(network: nn.Module, tracker: StorageTracker, period: int) -> Iterator[None]:
-    """Tells the tracker which part of a step goes on: the head and the loss, and the backward of the first and last
-    layers.
-    """
-    layers, head = repeated_layers(network), network.get_output_embeddings()
-    names = {i: f"layer {i} from below" for i in range(min(period, len(layers)))}
-    names |= {
-        i: f"layer {len(layers) - 1 - i} from above" for i in range(max(period, len(layers) - period), len(layers))
-    }
-    in_backward = False
+class StepParts:
+    """Tells a tracker which part of a step goes on: the forward and backward of the first and last layers, the head
+    with the loss. Backward parts begin with the gradient of what went into a layer (tensor hooks), or with the layer's
+    forward where it is recomputed."""
 
-    def begin(part: str, kind: str) -> None:
-        tracker.kind = kind
-        tracker.enter(part)
+    def __init__(self, network: nn.Module, tracker: StorageTracker, period: int):
+        self.network, self.tracker, self.in_backward = network, tracker, False
+        self.layers = repeated_layers(network)
+        count = len(self.layers)
+        self.names = {i: f"layer {i} from below" for i in range(min(period, count))}
+        self.names |= {i: f"layer {count - 1 - i} from above" for i in range(max(period, count - period), count)}
 
-    def backward(index: int) -> str:
-        return f"backward, {names.get(index, BETWEEN)}" if index >= 0 else "backward, embedding"
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Hooks on the network while active."""
+        head, trained = self.network.get_output_embeddings(), [p for p in self.network.parameters() if p.requires_grad]
+        handles = [self.network.register_forward_pre_hook(self.enter_network)]
+        handles += [head.register_forward_pre_hook(self.enter_head, with_kwargs=True)]
+        handles += [
+            layer.register_forward_pre_hook(partial(self.enter_layer, index), with_kwargs=True)
+            for index, layer in enumerate(self.layers)
+        ]
+        handles += [p.register_post_accumulate_grad_hook(self.new_gradient) for p in trained]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def enter_network(module, args, kwargs) -> None:
-        nonlocal in_backward
-        in_backward = False
-        begin("forward", "activations")
+    def enter_network(self, module: nn.Module, args: tuple) -> None:
+        self.in_backward = False
+        self._begin("forward", "activations")
 
-    def enter_head(module, args, kwargs) -> None:
-        begin("loss", "logits and loss")
+    def enter_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.in_backward:  # recomputed
+            self._begin_backward(index)
+            return
+        self._begin(f"forward, {self.names.get(index, BETWEEN)}", "activations")
+        hidden = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if hidden is not None and hidden.requires_grad:
+            hidden.register_hook(lambda gradient: self._begin_backward(index - 1))
+
+    def enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._begin("loss", "logits and loss")
         hidden = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-
-        def leave(gradient: Tensor) -> None:
-            nonlocal in_backward
-            in_backward = True
-            begin(backward(len(layers) - 1), "activations")
-
         if hidden.requires_grad:
-            hidden.register_hook(leave)
+            hidden.register_hook(lambda gradient: self._begin_backward(len(self.layers) - 1))
 
-    def enter_layer(index: int):
-        def hook(module, args, kwargs) -> None:
-            hidden = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-            if in_backward:  # recomputed
-                begin(backward(index), "activations")
-                return
-            begin(f"forward, {names.get(index, BETWEEN)}", "activations")
-            if hidden is not None and hidden.requires_grad:
-                hidden.register_hook(lambda gradient: begin(backward(index - 1), "activations"))
+    def new_gradient(self, parameter: Tensor) -> None:
+        self.tracker.hold([parameter.grad], "gradients")
 
-        return hook
+    def _begin_backward(self, index: int) -> None:
+        self.in_backward = True
+        self._begin(
+            f"backward, {self.names.get(index, BETWEEN)}" if index >= 0 else "backward, embedding", "activations"
+        )
 
-    def new_gradient(parameter: Tensor) -> None:
-        tracker.hold([parameter.grad], "gradients")
-
-    handles = [network.register_forward_pre_hook(enter_network, with_kwargs=True)]
-    handles += [head.register_forward_pre_hook(enter_head, with_kwargs=True)]
-    handles += [layer.register_forward_pre_hook(enter_layer(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    handles += [p.register_post_accumulate_grad_hook(new_gradient) for p in network.parameters() if p.requires_grad]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _begin(self, part: str, kind: str) -> None:
+        self.tracker.kind = kind
+        self.tracker.enter(part)

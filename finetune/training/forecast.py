@@ -12,7 +12,7 @@ from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.engine.meter import Meter
 from finetune.errors import UserError, reason
 from finetune.memory.estimate import Estimate, estimate
-from finetune.memory.trace import Shape
+from finetune.memory.trace import MicroBatchShape
 from finetune.recipe.load import Loaded
 from finetune.report.text import human_bytes
 from finetune.training.job import Plan
@@ -23,7 +23,7 @@ from finetune.training.job import Plan
 LATER_BYTES = {"single": 45 * 2**20, "ddp": 50 * 2**20, "deepspeed": 110 * 2**20}
 
 
-def largest_shapes(plan: Plan) -> list[Shape]:
+def largest_shapes(plan: Plan) -> list[MicroBatchShape]:
     """The micro-batches of this run with the most tokens: of those that begin a window, and of the later ones, which
     meet gradients.
 
@@ -33,7 +33,7 @@ def largest_shapes(plan: Plan) -> list[Shape]:
     training, sizes = recipe.training, plan.schedule.batch
     if recipe.data.streaming or sizes.varies or sizes.adapts:
         longest = recipe.data.max_length if recipe.data.streaming else int(train.lengths.max())
-        return [Shape(batch.per_device_rows, longest, batch.per_device_rows > 1)]
+        return [MicroBatchShape(batch.per_device_rows, longest, batch.per_device_rows > 1)]
     left = plan.schedule.planned_steps * batch.global_batch_rows
     epochs = training.num_train_epochs if training.max_steps is None else math.inf
     longest, ragged = (
@@ -52,10 +52,10 @@ def largest_shapes(plan: Plan) -> list[Shape]:
         # a window never spans two epochs: the last one of an epoch may be short, and still is a step
         left -= math.ceil(rows / batch.global_batch_rows) * batch.global_batch_rows
         epoch += 1
-    return [Shape(*one) for one in found]
+    return [MicroBatchShape(*one) for one in found]
 
 
-def forecast(plan: Plan) -> tuple[Estimate, Shape] | str:
+def forecast(plan: Plan) -> tuple[Estimate, MicroBatchShape] | str:
     """The memory of this run before it starts, and the micro-batch that decides it; why it is not known, which is no
     reason not to train.
     """
@@ -74,7 +74,7 @@ def forecast(plan: Plan) -> tuple[Estimate, Shape] | str:
     return max(found, key=lambda pair: pair[0].step_bytes)
 
 
-def predicted(found: Estimate, shape: Shape, engine: str, process_bytes: int) -> dict:
+def predicted(found: Estimate, shape: MicroBatchShape, engine: str, process_bytes: int) -> dict:
     """The estimate for run.json; bytes of one rank (disk: of all). `device` and `host` are what tensors take, load and
     save included, `step` what they take in the largest micro-batch; `host_process` has what the process takes already,
     before any weight, and will take."""
@@ -116,7 +116,7 @@ def compared(prediction: dict | None, meter: Meter) -> dict:
     return {"predicted": prediction, "measured": measured, "error": error}
 
 
-def expectation_line(found: Estimate, shape: Shape) -> str:
+def expectation_line(found: Estimate, shape: MicroBatchShape) -> str:
     """What a run will take and what sets it, before it starts."""
     where = "tensors" if found.on_cpu else "device"
     biggest = sorted(found.items.items(), key=lambda pair: -pair[1])[:3]

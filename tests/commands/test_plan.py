@@ -1,4 +1,4 @@
-"""`finetune plan`: its document, the ladder, what it refuses, and models that cannot be traced."""
+"""`finetune plan`: its document, the mitigations, what it refuses, and models that cannot be traced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.launch.strategy import one_process
 from finetune.memory import strategies
 from finetune.memory.estimate import estimate
 from finetune.memory.resident import ITEMS
-from finetune.memory.trace import Numbers, Shape, continued, profile
+from finetune.memory.trace import MicroBatchShape, Precision, continued, profile
 from finetune.model.facts import read_facts
 from finetune.recipe.fields import LoraSection
 from finetune.recipe.load import load_recipe
@@ -146,7 +146,9 @@ def test_fits_is_true_false_or_unknown(tiny):
     text = command(tiny)
     assert text.exit_code == 0 and "give --device-memory" in text.stdout
     text = command(tiny, "--device-memory", "1MiB")
-    assert text.exit_code == 0 and "No change of the ladder makes it fit" in text.stdout and "Nearest: " in text.stdout
+    assert (
+        text.exit_code == 0 and "None of the known changes makes it fit" in text.stdout and "Nearest: " in text.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_fits_is_true_false_or_unknown(tiny):
         ),
     ],
 )
-def test_the_ladder_has_its_order_and_keeps_the_global_batch(tiny, ranks, names):
+def test_mitigations_have_their_order_and_keeps_the_global_batch(tiny, ranks, names):
     options = ("training.gradient_checkpointing=false", "--ranks", ranks, "--device-memory", "1MiB")
     document = planned(tiny, *options)
     assert [one["name"] for one in document["rungs"]] == names
@@ -280,7 +282,7 @@ def test_what_does_not_go_together_is_shown_with_its_reason(tiny):
     assert any(one["name"] == "optimizer offload" and one["refused"] for one in document["rungs"])
 
 
-def test_launch_files_are_what_the_ladder_names_them_for():
+def test_launch_files_are_what_mitigations_name_them_for():
     for key, name in strategies.LAUNCH_FILES.items():
         found = read_launch_file(ROOT / "accelerate_configs" / name)
         assert (found.engine, found.zero_stage, found.offload_optimizer, found.offload_param) == key
@@ -290,8 +292,8 @@ def test_launch_files_are_what_the_ladder_names_them_for():
 def test_traces_are_continued_over_rows_exactly(tmp_path, family):
     loaded = load_recipe(small_recipe(tmp_path, rows=4, family=family))
     facts = read_facts(loaded)
-    for numbers in (Numbers("bf16", casts=True), Numbers("bf16", on_cpu=False), Numbers()):
-        two, five, nine = (profile(loaded, facts, Shape(rows, 48), 2, numbers).series for rows in (2, 5, 9))
+    for numbers in (Precision("bf16", weights_in_compute_dtype=True), Precision("bf16", on_cpu=False), Precision()):
+        two, five, nine = (profile(loaded, facts, MicroBatchShape(rows, 48), 2, numbers).series for rows in (2, 5, 9))
         assert continued(two, five, Fraction(7, 3)) == nine
 
 
@@ -323,7 +325,7 @@ def test_a_model_that_cannot_be_traced_is_guessed_widely_and_says_so(mixtral):
     )
     loaded = load_recipe(mixtral)
     facts, strategy = read_facts(loaded), one_process("bf16")
-    found = estimate(loaded, facts, strategy, Shape(8, 64), 2, on_cpu=False)
+    found = estimate(loaded, facts, strategy, MicroBatchShape(8, 64), 2, on_cpu=False)
     items = found.parts["device"]["loss"]
     dynamic = items["activations"] + items["logits and loss"]
     assert not found.traced and found.device.high > sum(items.values()) + 0.7 * dynamic
@@ -335,7 +337,7 @@ def test_a_model_that_cannot_even_be_outlined_is_refused_by_its_key(tiny):
     facts = dataclasses.replace(read_facts(settled.loaded), export_dtype="no type")
     loaded = strategies.with_adapters(settled.loaded, LoraSection())
     with pytest.raises(UserError, match="model.name_or_path is .* whose memory cannot be estimated"):
-        estimate(loaded, facts, settled.strategy, Shape(2, 32), 2, on_cpu=False)
+        estimate(loaded, facts, settled.strategy, MicroBatchShape(2, 32), 2, on_cpu=False)
 
 
 def test_an_8b_model_on_one_card_by_its_config_alone():

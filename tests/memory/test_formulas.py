@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from finetune.engine.storages import StorageTracker
 from finetune.launch.strategy import Strategy
-from finetune.memory.activations import HIGH, LOW, DecoderShape, cast_bytes, guess_activations, layer_bytes
+from finetune.memory.activations import HIGH, LOW, DecoderSize, activation_bytes, cast_bytes, layer_bytes
 from finetune.memory.formulas import (
-    NF4_BYTES_EACH,
     checkpoints_bytes,
     nf4_bytes,
     optimizer_bytes,
@@ -36,10 +35,10 @@ from tests.support.launch import accelerate, launch_file, program, run
 from tests.support.tiny_models import small_recipe
 
 GIB = 2**30
-LLAMA_7B = DecoderShape(
+LLAMA_7B = DecoderSize(
     hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, head_dim=128, vocabulary=32000
 )
-QWEN3_06B = DecoderShape(
+QWEN3_06B = DecoderSize(
     hidden=1024, intermediate=3072, layers=28, heads=16, kv_heads=8, head_dim=128, vocabulary=151936
 )
 # embedding 40 x 10 and head in float32; one layer of two matrices
@@ -72,7 +71,6 @@ def storage_bytes(tensors) -> int:
 def test_nf4_by_hand():
     # 4096 x 4096 = 2^24 elements: 2^23 packed + 2^18 scales + 4 x 2^10 scales of scales + 64 + 1024 + 4
     assert nf4_bytes(2**24) == 8388608 + 262144 + 4096 + 1092
-    assert NF4_BYTES_EACH == 0.5 + 0.015625 + 0.000244140625
     # 3 x 130 = 390: 195 + ceil(390 / 64) = 7 + 4 x 1 + 1092
     assert nf4_bytes(390) == 1298
 
@@ -233,8 +231,7 @@ def test_casts_of_weights_by_hand():
 
 def test_the_loss_by_hand():
     # 3 rows x 5 tokens x 151936 logits x 12 bytes
-    loss = guess_activations(QWEN3_06B, 3, 5, 2, checkpointing=True)["loss"]["logits and loss"]
-    assert (loss.low, loss.expected, loss.high) == (LOW * 27348480, 27348480, HIGH * 27348480)
+    assert activation_bytes(QWEN3_06B, 3, 5, 2, checkpointing=True)["loss"]["logits and loss"] == 27348480
 
 
 @pytest.mark.parametrize(
@@ -248,8 +245,8 @@ def test_the_loss_by_hand():
     ],
 )
 def test_guesses_are_near_what_was_traced(shape, rows, options, moment, traced_gib):
-    items = guess_activations(shape, rows, 2048, 2, **options)[moment].values()
-    assert sum(item.expected for item in items) / GIB == pytest.approx(traced_gib, rel=0.1)
+    items = activation_bytes(shape, rows, 2048, 2, **options)[moment].values()
+    assert sum(items) / GIB == pytest.approx(traced_gib, rel=0.1)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -267,7 +264,7 @@ def test_real_layers_lie_in_the_range(family, autocast):
     )
     config = getattr(transformers, f"{family}Config")(vocab_size=64, **sizes)
     network = getattr(transformers, f"{family}Model")(config).to(torch.float32 if autocast else torch.bfloat16).train()
-    shape = DecoderShape(128, 352, 4, 4, 2, 32, 64)
+    shape = DecoderSize(128, 352, 4, 4, 2, 32, 64)
     with StorageTracker() as tracker:
         tracker.hold([*network.parameters(), *network.buffers()], "parameters")
         before = tracker.live_bytes
@@ -277,8 +274,8 @@ def test_real_layers_lie_in_the_range(family, autocast):
     weights = Weights(tuple(Weight(n, p.numel(), True, 4, 0) for n, p in network.layers.named_parameters()))
     casts = cast_bytes(weights) if autocast else 0
     assert kept.requires_grad
-    guess = guess_activations(shape, 2, 256, 2, checkpointing=False, autocast=autocast)["layer"]["activations"]
-    assert guess.low < alive - casts < guess.high
+    found = activation_bytes(shape, 2, 256, 2, checkpointing=False, autocast=autocast)["layer"]["activations"]
+    assert LOW * found < alive - casts < HIGH * found
 
 
 # what offload moves
@@ -298,7 +295,7 @@ def test_zero_2_moves_gradient_and_weights_once_per_step():
     # 1100 elements on 2 ranks: 550 each; gradient float32 to the host, weights bf16 back, whatever K
     moves = traffic(SMALL, zero(2, ranks=2), "adamw", True)
     assert moves.of_step(1) == moves.of_step(64) == Moved(to_device_bytes=1100, to_host_bytes=2200)
-    assert moves.per_micro_batch(64).pcie_bytes == 3300 / 64
+    assert moves.of_step(64).pcie_bytes == 3300
     # in float32 the sum goes to and fro: K = 4 is 4 x 2200 each way, and 2200 as the optimizer's gradient; the first
     # micro-batch fetches nothing, and the weights come back with as many bytes
     assert traffic(SMALL, zero(2, ranks=2, precision="no"), "adamw", True).of_step(4) == Moved(8800, 11000)
@@ -400,7 +397,7 @@ def test_nvme_by_hand_and_why_k_is_the_lever():
     moves = traffic(BIG, zero(3, "nvme", "nvme"), "adamw", True)
     assert moves.step == Moved(to_host_bytes=32e9, nvme_read_bytes=128e9, nvme_write_bytes=128e9 + 16e9)
     assert moves.micro_batch.nvme_read_bytes == 2 * 20e9
-    assert moves.per_micro_batch(1).nvme_bytes == 312e9 and moves.per_micro_batch(16).nvme_bytes == 272e9 / 16 + 40e9
+    assert moves.of_step(1).nvme_bytes == 312e9 and moves.of_step(16).nvme_bytes == 272e9 + 16 * 40e9
 
 
 def test_175b_needs_a_quarter_of_an_hour_of_disk_per_step():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finetune.engine.storages import StorageTracker, pretending
-from finetune.memory.trace import Numbers, Shape, profile, trace
+from finetune.memory.trace import MicroBatchShape, Precision, profile, trace
 from finetune.model.facts import read_facts
 from finetune.recipe.load import load_recipe
 from tests.support.launch import ROOT, program, run
@@ -61,7 +61,7 @@ def test_layers_that_repeat_are_continued_exactly(tmp_path, family, checkpointin
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     loaded = load_recipe(path, [f"training.gradient_checkpointing={checkpointing}"])
     facts = read_facts(loaded)
-    shape, numbers = Shape(2, 48), Numbers("bf16")
+    shape, numbers = MicroBatchShape(2, 48), Precision("bf16")
     continued = profile(loaded, facts, shape, 2, numbers)
     whole = trace(loaded, facts, shape, 2, numbers, None)
     assert continued.peak_bytes == max(sum(kinds.values()) for alive in whole.values() for kinds in alive)
@@ -91,7 +91,7 @@ def test_pretended_tensors_take_no_memory_and_real_numbers_of_bytes():
 def test_adapters_on_one_layer_of_many_are_traced_whole_and_a_continued_trace_has_whole_bytes(tmp_path, monkeypatch):
     from finetune.launch.strategy import one_process
     from finetune.memory.estimate import estimate
-    from finetune.memory.trace import Shape
+    from finetune.memory.trace import MicroBatchShape
     from finetune.model.facts import read_facts
     from finetune.model.outline import outlined
     from finetune.recipe.load import load_recipe
@@ -106,5 +106,6 @@ def test_adapters_on_one_layer_of_many_are_traced_whole_and_a_continued_trace_ha
     assert [(one.layers, one.period) for one in found] == [(8, 8), (8, 1)]
     for loaded in (last, plain):
         for rows in (4, 8, 6):  # the third is continued from the others
-            found = estimate(loaded, read_facts(loaded), one_process("bf16"), Shape(rows, 16), 2, on_cpu=False)
+            shape = MicroBatchShape(rows, 16)
+            found = estimate(loaded, read_facts(loaded), one_process("bf16"), shape, 2, on_cpu=False)
         assert found.traced and all(isinstance(size, (int, float)) for size in found.items.values())

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from finetune.engine.deepspeed.buffers import fill_in, filled_in
+from finetune.engine.deepspeed.buffers import derive_settings, fill_in, filled_in
 from finetune.engine.deepspeed.compile import op_is_built
 from finetune.launch.strategy import Strategy
 from finetune.memory.resident import Resident
-from finetune.memory.trace import Numbers, Profile, Shape, profile
+from finetune.memory.trace import MicroBatchShape, Precision, Profile, profile
 from finetune.memory.zero.layout import pinned_bytes
-from finetune.memory.zero.resident import derive_settings, resident
+from finetune.memory.zero.stages import resident_sharded
 from finetune.model.facts import read_facts
 from finetune.model.parameters import Weight, Weights
 from finetune.recipe.load import load_recipe
@@ -87,7 +87,7 @@ BUCKET_8 = {"reduce_bucket_size": 8, "allgather_bucket_size": 8}
 
 
 def test_zero_2_in_bf16_on_three_ranks_by_hand():
-    found = resident(SMALL, strategy_of(2, 3), "adamw", BUCKET_8, on_cpu=False)
+    found = resident_sharded(SMALL, strategy_of(2, 3), "adamw", BUCKET_8, on_cpu=False)
     part = 90 // 3  # 88 rounded up to a multiple of 2 x 3
     assert found.device == {"parameters": 2 * 90, "optimizer states": (4 + 8) * part, "gradients": 4 * part}
     # a bucket of 8, its flattened copy, and the float32 copy of its largest slice: all in 16, 16 and 32 bits
@@ -102,12 +102,12 @@ def test_zero_2_in_bf16_on_three_ranks_by_hand():
 
 def test_zero_2_with_the_optimizer_on_the_host_by_hand():
     settings = BUCKET_8 | {"offload_optimizer.pin_memory": True}
-    found = resident(SMALL, strategy_of(2, 1, optimizer="cpu"), "adamw", settings, on_cpu=False)
+    found = resident_sharded(SMALL, strategy_of(2, 1, optimizer="cpu"), "adamw", settings, on_cpu=False)
     assert found.device == {"parameters": 2 * 88, "buffers": 2 * 16, "gradients": 4 * 88}
     # pinned, each rounded up to a power of two: 352 -> 512 of float32 weights, 352 -> 512 of gradients, 176 -> 256 of
     # 16-bit weights, 32 of the largest gradient; the moments are plain
     assert found.host == {"optimizer states": 512 + 8 * 88, "gradients": 512, "buffers": 256 + 32}
-    plain = resident(SMALL, strategy_of(2, 1, optimizer="cpu"), "adamw", settings, on_cpu=True)
+    plain = resident_sharded(SMALL, strategy_of(2, 1, optimizer="cpu"), "adamw", settings, on_cpu=True)
     assert plain.host == {"optimizer states": 12 * 88, "gradients": 4 * 88, "buffers": 2 * 88 + 32}
 
 
@@ -121,7 +121,7 @@ ZERO_3 = BUCKET_8 | {
 
 
 def test_zero_3_on_four_ranks_by_hand():
-    found = resident(SMALL, strategy_of(3, 4), "adamw", ZERO_3, on_cpu=False)
+    found = resident_sharded(SMALL, strategy_of(3, 4), "adamw", ZERO_3, on_cpu=False)
     part = 3 + 4 * (4 + 1) + 3  # each parameter over four ranks, rounded up: of a norm each rank keeps a whole element
     assert found.device == {
         "parameters": 2 * part,
@@ -152,7 +152,9 @@ def test_zero_3_with_everything_on_nvme_by_hand():
         "offload_param.max_in_cpu": 2**20,
         "stage3_param_persistence_threshold": 1000,
     }
-    found = resident(weights, strategy_of(3, 1, optimizer="nvme", param="nvme"), "adamw", settings, on_cpu=False)
+    found = resident_sharded(
+        weights, strategy_of(3, 1, optimizer="nvme", param="nvme"), "adamw", settings, on_cpu=False
+    )
     elements = 2**21 + 1100
     # the tiny one stays off the disk
     assert found.nvme == {
@@ -174,7 +176,7 @@ def test_adapters_stay_float32_under_zero_3_alone():
     weights = Weights((Weight("base.weight", 1000, False, 4.0), Weight("lora_A.weight", 100, True, 4.0)))
     for stage, bytes_each in ((2, 2), (3, 4)):
         settings = ZERO_3 | {"reduce_bucket_size": 100, "stage3_param_persistence_threshold": 0}
-        found = resident(weights, strategy_of(stage, 1), "adamw", settings, on_cpu=False)
+        found = resident_sharded(weights, strategy_of(stage, 1), "adamw", settings, on_cpu=False)
         assert found.device["parameters"] == 2 * 1000 + bytes_each * 100
 
 
@@ -218,7 +220,7 @@ def test_one_rank_holds_a_large_model_with_offload(name, target):
     if target == "nvme":
         assert settings["offload_param.buffer_size"] >= largest and settings["offload_param.buffer_count"] >= 3
         assert settings["offload_optimizer.buffer_count"] >= 4
-    found = resident(weights, strategy, "adamw", settings, on_cpu=False)
+    found = resident_sharded(weights, strategy, "adamw", settings, on_cpu=False)
     device = total(found.device, found.backward.get("device", {})) + found.gathered_bytes
     assert device < 15 * 2**30, device / 2**30  # of 40 GB: room for activations
     if target == "nvme":
@@ -317,7 +319,11 @@ def traced(path: Path, precision: str, overrides: tuple[str, ...], adapters_stay
     """Activations and losses of a micro-batch of the launched script, with the weights cast."""
     loaded = load_recipe(path, overrides)
     return profile(
-        loaded, read_facts(loaded), Shape(2, 32, False), 1, Numbers(precision, casts=True, adapters_stay=adapters_stay)
+        loaded,
+        read_facts(loaded),
+        MicroBatchShape(2, 32, False),
+        1,
+        Precision(precision, weights_in_compute_dtype=True, fp32_adapters=adapters_stay),
     )
 
 
@@ -325,7 +331,7 @@ def expected(case: dict, seen: dict, ranks: int, path: Path) -> tuple[Resident, 
     """What a rank holds, and its peak in a window: device and host are one memory."""
     trace = traced(path, case["precision"], tuple(case["overrides"]), case["stage"] == 3)
     strategy = strategy_of(case["stage"], ranks, case["precision"], case["offload_optimizer"], case["offload_param"])
-    held = resident(trace.weights, strategy, "adamw", seen["settings"], on_cpu=True)
+    held = resident_sharded(trace.weights, strategy, "adamw", seen["settings"], on_cpu=True)
     always = total(held.device, held.host)
 
     def passing(part: str) -> float:

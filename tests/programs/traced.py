@@ -18,7 +18,7 @@ from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.strategy import one_process
-from finetune.memory.trace import Numbers, Shape, profile
+from finetune.memory.trace import MicroBatchShape, Precision, profile
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
 from finetune.objectives.sft import SummedLoss
@@ -74,7 +74,7 @@ def main(folder: Path, every: bool) -> None:
         facts = read_facts(loaded)
         real = real_peaks(loaded, facts, padded, precision)
         for k, peak in real.items():
-            traced = profile(loaded, facts, Shape(ROWS, TOKENS, padded), k, Numbers(precision))
+            traced = profile(loaded, facts, MicroBatchShape(ROWS, TOKENS, padded), k, Precision(precision))
             case = (
                 f"{family}, {'checkpointing, ' * checkpointing}{'LoRA, ' * lora}{precision},"
                 f" {'padded' if padded else 'unpadded'}, K={k}"

@@ -1,9 +1,10 @@
-"""What ZeRO's stages ask for when they count a rank's bytes (zero.py), and where they put them. Torch-free."""
+"""What ZeRO's stages ask for when they count a rank's bytes (stages.py), and where they put them. Torch-free."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 from finetune.engine.deepspeed.buffers import compute_bytes
 from finetune.launch.strategy import Strategy
@@ -16,7 +17,7 @@ GRADIENT_BYTES = 4  # a window's gradients are added up in float32 (engine/deeps
 PARAMETERS, GRADIENTS, STATES, BUFFERS = "parameters", "gradients", "optimizer states", "buffers"
 PLACE = {"none": "device", "cpu": "host", "nvme": "nvme"}  # of what a launch file offloads
 
-Places = dict[str, Counter]  # {place: {item: bytes}}
+Places = dict[str, Any]  # {place: Counter of bytes by item}; typed Counters count in whole numbers
 
 
 def pinned_bytes(size: float) -> int:
@@ -40,13 +41,8 @@ class Layout:
         on_cpu: bool,
         accumulates: bool,
     ):
-        self.weights, self.strategy, self.settings, self.on_cpu, self.accumulates = (
-            weights,
-            strategy,
-            settings,
-            on_cpu,
-            accumulates,
-        )
+        self.weights, self.strategy, self.settings = weights, strategy, settings
+        self.on_cpu, self.accumulates = on_cpu, accumulates
         self.ranks, self.compute = strategy.ranks, compute_bytes(strategy)
         self.mixed = strategy.mixed_precision != "no"
         self.trained = [weight for weight in weights.all if weight.trained]
@@ -96,16 +92,23 @@ class Layout:
         else:
             load = {place: max(self.always[place], self.load[place], key=Counter.total) for place in places}
         save = {place: self.always[place] + self.save[place] for place in places}
-        extra = [
-            {place: dict(+items) for place, items in part.items()} for part in (self.backward, self.step, load, save)
-        ]
-        always = [dict(+self.always[place]) for place in ("device", "host", "nvme")]
-        return Resident(*always, gathered_bytes, *extra)
+
+        def positive(part: Places) -> dict[str, dict[str, float]]:
+            return {place: dict(+items) for place, items in part.items()}
+
+        return Resident(
+            **{place: dict(+self.always[place]) for place in ("device", "host", "nvme")},
+            gathered_bytes=gathered_bytes,
+            backward=positive(self.backward),
+            step=positive(self.step),
+            load=positive(load),
+            save=positive(save),
+        )
 
     def saving(self, largest_state: float) -> None:
         """A checkpoint copies one device tensor at a time to the host (torch.save), the largest being the float32 copy
         of a part or sub-group. The export gathers the model on rank 0's host, trained weights in float32, parameter by
-        parameter (engine/engine.py, gather_state)."""
+        parameter (engine/engine.py, full_state_dict)."""
         model = 4.0 * self.weights.trained_elements + sum(w.elements * self.stored_bytes(w) for w in self.frozen)
         self.save["host"][PARAMETERS] += max(
             model, 0 if self.on_cpu or self.optimizer_place != "device" else largest_state

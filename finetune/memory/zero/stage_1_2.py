@@ -1,4 +1,4 @@
-"""A rank's bytes under ZeRO-1 and ZeRO-2 (zero.py). File names are below deepspeed/runtime, 0.19.8. Torch-free."""
+"""A rank's bytes under ZeRO-1 and ZeRO-2 (stages.py). File names are below deepspeed/runtime, 0.19.8. Torch-free."""
 
 from __future__ import annotations
 

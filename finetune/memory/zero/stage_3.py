@@ -1,4 +1,4 @@
-"""A rank's bytes under ZeRO-3, its parameters on device, host or NVMe (zero.py). File names are below
+"""A rank's bytes under ZeRO-3, its parameters on device, host or NVMe (stages.py). File names are below
 deepspeed/runtime, 0.19.8. Torch-free.
 """
 

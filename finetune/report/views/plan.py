@@ -144,7 +144,7 @@ def _stands(document: Mapping) -> Text:
     device, host = row["device"], row["host_total"]
     need = f"device {_three(device)}" if row["parts"]["device"] else f"tensors {_three(device)}"
     verdict = WORDS.get(word) or "unknown whether it fits; give --device-memory"
-    head = Text(f"As it stands: {verdict}", style=f"bold {STYLES.get(word, '')}".strip())
+    head = Text(f"As configured: {verdict}", style=f"bold {STYLES.get(word, '')}".strip())
     per = "" if host == row["host"] else " for all ranks of a machine"
     lines = [f"\n  low / expected / high: {need}; host {_three(host)}{per}"]
     if row["micro_batch_rows"] and document["batch"]["open"]:
@@ -166,7 +166,7 @@ def _changes(document: Mapping) -> Text | None:
     failed = [f"  {row['name']}: {_miss(row)}" for row in document["rungs"] if not row["fits"]]
     if change is None:
         nearest = document["nearest"]
-        lines = ["No change of the ladder makes it fit.", *failed]
+        lines = ["None of the known changes makes it fit.", *failed]
         if nearest:
             lines.append(
                 f"Nearest: {nearest['name']} with {nearest['micro_batch_rows']}"

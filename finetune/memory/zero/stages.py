@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from finetune.engine.deepspeed.buffers import derive_settings
 from finetune.launch.strategy import Strategy
 from finetune.memory.resident import Resident
 from finetune.memory.zero.layout import Layout
@@ -17,10 +16,8 @@ from finetune.memory.zero.stage_1_2 import stage_1_and_2
 from finetune.memory.zero.stage_3 import stage_3
 from finetune.model.parameters import Weights
 
-__all__ = ["derive_settings", "resident"]
 
-
-def resident(
+def resident_sharded(
     weights: Weights,
     strategy: Strategy,
     optim: str,
