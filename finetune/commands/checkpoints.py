@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 
 from finetune.checkpoint.manifest import some
 from finetune.checkpoint.survey import pick, survey
 from finetune.commands.libraries import load_libraries
+from finetune.commands.output import refusals_as_json, write_json
 from finetune.errors import UserError
 from finetune.recipe.load import load_resolved
 from finetune.report.run_folder import CHECKPOINTS
@@ -18,9 +19,10 @@ def checkpoints(run: str, hashes: bool, as_json: bool = False) -> None:
     """Print the checkpoints of the run in folder `run`, without torch. Raises UserError naming what is damaged, after
     printing.
     """
-    document = survey(Path(run), hashes)
+    with refusals_as_json(as_json, sys.stdout):
+        document = survey(Path(run), hashes)
     if as_json:
-        print(json.dumps(document, indent=1, allow_nan=False), flush=True)
+        write_json(document, sys.stdout)
     else:
         show(document)
     root = Path(run) / CHECKPOINTS

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 from collections.abc import Sequence
 
 from finetune.commands.libraries import load_libraries
+from finetune.commands.output import masked, refusals_as_json, stdout_is_stderr, write_json
 from finetune.errors import UserError
 from finetune.launch.strategy import one_process
 from finetune.recipe.load import load_recipe
-from finetune.report import redact
 from finetune.report.views.data import show
 
 
@@ -20,22 +17,15 @@ def data(recipe_path: str, overrides: Sequence[str], samples: int, as_json: bool
 
     Raises UserError with every problem that would make training wrong, after the report.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is the report's, whatever the libraries print
-        try:
-            loaded = load_recipe(recipe_path, overrides)
-            load_libraries(one_process().use_cpu)
-            from finetune.commands.data_document import examine
+    with stdout_is_stderr() as output, refusals_as_json(as_json, output):
+        loaded = load_recipe(recipe_path, overrides)
+        load_libraries(one_process().use_cpu)
+        from finetune.commands.data_document import examine
 
-            document = examine(loaded, samples)
-        except UserError as error:
-            document = {"ok": False, "problems": list(error.messages)}
-            if not as_json:
-                raise
-    # rows as they are
-    document = {key: value if key == "samples" else redact.tree(value) for key, value in document.items()}
-    if as_json:
-        print(json.dumps(document, ensure_ascii=False), flush=True)
-    else:
-        show(document)
+        document = examine(loaded, samples)
+        if as_json:
+            write_json(document, output, as_they_are=("samples",))
+    if not as_json:
+        show(masked(document, as_they_are=("samples",)))
     if document["problems"]:
         raise UserError(document["problems"])

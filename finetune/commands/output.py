@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TextIO
 
 from finetune.errors import UserError
@@ -42,6 +42,11 @@ def refusals_as_json(as_json: bool, output: TextIO, found: Mapping[str, Any] | N
         raise
 
 
-def write_json(document: Mapping[str, Any], output: TextIO) -> None:
-    """One document, secrets masked."""
-    print(json.dumps(redact.tree(document), indent=1), file=output, flush=True)
+def masked(document: Mapping[str, Any], as_they_are: Collection[str] = ()) -> dict[str, Any]:
+    """The document with its secrets masked, but for the values of the keys `as_they_are`."""
+    return {key: value if key in as_they_are else redact.tree(value) for key, value in document.items()}
+
+
+def write_json(document: Mapping[str, Any], output: TextIO, as_they_are: Collection[str] = ()) -> None:
+    """One document, `masked`."""
+    print(json.dumps(masked(document, as_they_are), indent=1, ensure_ascii=False), file=output, flush=True)

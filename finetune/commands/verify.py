@@ -4,14 +4,17 @@ recipe?
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import os
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from finetune.commands.libraries import load_libraries
+from finetune.commands.output import refusals_as_json, stdout_is_stderr, write_json
 from finetune.commands.train import refuse_launch
 from finetune.errors import Diverged
 from finetune.launch.environment import from_environment, is_launched
@@ -32,35 +35,49 @@ def verify(recipe_path: str, overrides: Sequence[str], launch_file: str | None, 
     elif is_launched():
         refuse_launch()
     else:
-        launch_verify(recipe_path, overrides, launch_file, full, as_json)
+        with refusals_as_json(as_json, sys.stdout):
+            launch_verify(recipe_path, overrides, launch_file, full, as_json)
 
 
 def verify_in_place(recipe_path: str, overrides: Sequence[str], full: bool, as_json: bool) -> None:
     """Verify in this process, one of the ranks of a launch (or alone), and print the table. Raises Diverged on a
     difference.
     """
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # DeepSpeed and the compilers print to stdout, on every rank
-    loaded = load_recipe(recipe_path, overrides)
-    ranks_asked, launch_file = launched_by()
-    strategy = from_environment(os.environ, launch_file)
-    check_ranks_asked_for(strategy, ranks_asked)
-    settled = settle(loaded, strategy)
-    load_libraries(strategy.use_cpu)
-    from finetune.training.verification import verification
+    with _output() as output, refusals_as_json(as_json, output):
+        loaded = load_recipe(recipe_path, overrides)
+        ranks_asked, launch_file = launched_by()
+        strategy = from_environment(os.environ, launch_file)
+        check_ranks_asked_for(strategy, ranks_asked)
+        settled = settle(loaded, strategy)
+        load_libraries(strategy.use_cpu)
+        from finetune.training.verification import verification
 
-    with tempfile.TemporaryDirectory(prefix="finetune-verify-") as folder:
-        report, main_rank = verification(recipe_path, overrides, settled, None if full else Path(folder))
-    if main_rank:
-        text = json.dumps(report, indent=1) if as_json else table(report)
-        if os.environ.get(REPORT_FILE):
-            Path(os.environ[REPORT_FILE]).write_text(text)
+        with tempfile.TemporaryDirectory(prefix="finetune-verify-") as folder:
+            report = verification(recipe_path, overrides, settled, None if full else Path(folder))
+        if as_json:
+            write_json(report, output)
         else:
-            os.write(stdout, (text + "\n").encode())
+            print(table(report), file=output)
     if not report["passed"]:
         raise Diverged(
             "verify: accumulated gradients differ from one big batch; see the table. Do not train like this."
         )
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[TextIO]:
+    """What rank 0 writes to it goes to stdout at the end, or into the file that the launcher prints."""
+    with stdout_is_stderr() as stdout:  # DeepSpeed and the compilers print to stdout, on every rank
+        output = io.StringIO()
+        try:
+            yield output
+        finally:
+            text = output.getvalue().rstrip("\n")
+            if text and os.environ.get("RANK", "0") == "0":
+                if file := os.environ.get(REPORT_FILE):
+                    Path(file).write_text(text, encoding="utf-8")
+                else:
+                    print(text, file=stdout, flush=True)
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -63,10 +63,8 @@ class Case:
     passed: bool
 
 
-def verification(
-    recipe_path: str, overrides: Sequence[str], settled: Settled, folder: Path | None
-) -> tuple[dict[str, Any], bool]:
-    """(report, whether this is rank 0). `folder` is where the shrunk model goes; None verifies the real one.
+def verification(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: Path | None) -> dict[str, Any]:
+    """The report, whose cases only rank 0 knows. `folder` is where the shrunk model goes; None verifies the real one.
 
     Recipe and overrides are read again, with plain SGD and the shrunk model. A collective. Raises UserError.
     """
@@ -104,7 +102,7 @@ def verification(
     different = sum(case is not None and not case.passed for case in cases)
     passed = engine.all_reduce_sum(different)[0] == 0
     engine.barrier()
-    return _report(settled, engine, cases, facts.architecture, folder is None, passed), reference is not None
+    return _report(settled, engine, cases, facts.architecture, folder is None, passed)
 
 
 def _to_stderr(line: str) -> None:

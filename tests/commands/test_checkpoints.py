@@ -87,7 +87,7 @@ def test_the_document_is_frozen_and_right(saved_runs):
 
 
 def test_the_keys_are_documented():
-    page = (ROOT / "docs/resume.md").read_text().partition("## Looking at checkpoints")[2].partition("\n## ")[0]
+    page = (ROOT / "docs/resume.md").read_text().partition("## Inspecting checkpoints")[2].partition("\n## ")[0]
     assert [key for key in TOP + ENTRY if f"`{key}`" not in page] == []
 
 
@@ -129,6 +129,9 @@ def test_what_is_no_run_is_refused_and_a_run_without_checkpoints_is_not(run, tmp
     ):
         done = command(wrong)
         assert done.exit_code == 2 and words in done.stderr and done.stdout == ""
+        done = command(wrong, "--json")
+        document = json.loads(done.stdout)
+        assert done.exit_code == 2 and not document["ok"] and words in document["problems"][0]
     shutil.rmtree(run / "checkpoints")
     done = command(run)
     assert done.exit_code == 0 and "no checkpoint yet" in done.stdout

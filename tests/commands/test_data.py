@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 
 import pytest
 from rich.console import Console
@@ -25,9 +27,17 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def document_of(recipe, *overrides, exit_code=0):
-    result = RUNNER.invoke(app, ["data", str(recipe), *overrides, "--json"])
-    assert result.exit_code == exit_code, result.output
-    return json.loads(result.stdout), result.stderr
+    with tempfile.TemporaryFile() as file:  # the document goes to file descriptor 1, which the runner does not catch
+        stdout = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            result = RUNNER.invoke(app, ["data", str(recipe), *overrides, "--json"])
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+        assert result.exit_code == exit_code, result.output
+        file.seek(0)
+        return json.loads(file.read()), result.stderr
 
 
 def test_the_document_has_its_keys_and_the_rows_as_the_model_sees_them(tmp_path):
