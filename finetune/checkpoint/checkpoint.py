@@ -50,11 +50,11 @@ def save(
     problem = next((text for _, text, _ in said if text), "")
     if problem:
         if engine.rank == 0:
-            snapshots.abandon(root, step)
+            snapshots.discard(root, step)
         return problem
 
     def publish() -> None:
-        snapshots.seal(root, step, facts, {name: found for name, _, found in said})
+        snapshots.publish(root, step, facts, {name: found for name, _, found in said})
         with contextlib.suppress(OSError):  # the new one is there; the next save tries again
             snapshots.prune(root, step, limit, progress.best_step if keep_best else None)
 
@@ -62,9 +62,9 @@ def save(
 
 
 def _begin(root: Path, step: int, bytes_needed: int) -> None:
-    snapshots.begin(root, step)  # first: it removes what a killed save left
+    snapshots.start(root, step)  # first: it removes what a killed save left
     if shortage := snapshots.check_space(root, bytes_needed):
-        snapshots.abandon(root, step)
+        snapshots.discard(root, step)
         raise OSError(shortage)
 
 
@@ -109,7 +109,7 @@ def _load_converted(engine: Engine, snapshot: Snapshot) -> None:
         engine.barrier()  # nobody reads any more
     finally:
         if engine.rank == 0:
-            snapshots.abandon(root, snapshot.step)
+            snapshots.discard(root, snapshot.step)
 
 
 def _all_see(engine: Engine, folder: Path, advice: str, patience_seconds: float = 0) -> None:
@@ -119,4 +119,4 @@ def _all_see(engine: Engine, folder: Path, advice: str, patience_seconds: float 
         time.sleep(0.5)
     seen = engine.gather_objects((engine.host, folder.exists()))
     if blind := sorted({host for host, there in seen if not there}):
-        raise UserError(f"{folder} is not on a disk that {', '.join(blind)} can see. {advice}")
+        raise UserError(f"{folder} is not visible on {', '.join(blind)}. {advice}")

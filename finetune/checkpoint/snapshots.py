@@ -5,8 +5,8 @@
     checkpoints/step-N.tmp   being written, or made of step-N at a resume; left by a killed run, removed by the next
     `begin` checkpoints/step-N.old   being replaced or removed; `checkpoints/step-N.aside` was found damaged at a resume
 
-One save: `begin` (rank 0) -> every rank writes into the folder and hashes its files with `digest` -> `seal` (rank 0,
-with the digests of all ranks) -> `prune` (rank 0). After an OSError anywhere in it: `abandon`; nothing older was
+One save: `start` (rank 0) -> every rank writes into the folder and hashes its files with `digest` -> `publish` (rank 0,
+with the digests of all ranks) -> `prune` (rank 0). After an OSError anywhere in it: `discard`; nothing older was
 touched.
 
 Promised: whatever the moment of a kill or a power cut, `newest` gives the checkpoint before or the new one, bit for bit
@@ -72,7 +72,7 @@ def check_space(root: Path, needed_bytes: int, what: str = "a checkpoint") -> st
     return f"{root}: {what} needs {needed_bytes / 2**30:.3g} GiB, {free_bytes / 2**30:.3g} GiB are free"
 
 
-def begin(root: Path, step: int) -> Path:
+def start(root: Path, step: int) -> Path:
     """Clear what killed saves left behind and return the new, empty folder for this step. Rank 0 only. Raises
     OSError.
     """
@@ -90,7 +90,7 @@ def begin(root: Path, step: int) -> Path:
     return folder
 
 
-def seal(
+def publish(
     root: Path,
     step: int,
     facts: Mapping,
@@ -120,7 +120,7 @@ def seal(
             os.rename(folder, target)
             sync_folder(root)
     except BaseException:
-        abandon(root, step)
+        discard(root, step)
         raise
     os.replace(root / (LATEST + PARTIAL), root / LATEST)
     sync_folder(root)
@@ -128,7 +128,7 @@ def seal(
 
 
 def scratch(root: Path, step: int) -> Path:
-    """A new, empty folder beside the checkpoints for what is made of step `step`; gone with `abandon`. Rank 0 only.
+    """A new, empty folder beside the checkpoints for what is made of step `step`; gone with `discard`. Rank 0 only.
     Raises OSError.
 
     It is called like an unfinished save, so that after a kill the next save removes it.
@@ -139,7 +139,7 @@ def scratch(root: Path, step: int) -> Path:
     return folder
 
 
-def abandon(root: Path, step: int) -> None:
+def discard(root: Path, step: int) -> None:
     """Give up a save: remove its unfinished folder as far as possible. Never raises."""
     shutil.rmtree(folder_of(root, step, PARTIAL), ignore_errors=True)
 
@@ -148,7 +148,7 @@ def prune(root: Path, current: int, limit: int, protect: int | None = None) -> l
     """Remove older checkpoints after step `current` was sealed; returns what was removed. Rank 0 only. Raises OSError.
 
     Kept are `current`, the next older ones up to `limit` in all, and `protect` (the best) beside them. Folders that
-    lack files or bytes do not count. Steps above `current` are left alone: see `set_aside`. Nothing goes unless
+    lack files or bytes do not count. Steps above `current` are left alone: see `retire`. Nothing goes unless
     `current` looks whole."""
     assert limit >= 1
     if verify(folder_of(root, current), hashes=False):
@@ -189,7 +189,7 @@ def newest(root: Path, say: Callable[[str], None], threads: int = THREADS) -> Sn
     return None
 
 
-def set_aside(root: Path, above: int) -> list[Path]:
+def retire(root: Path, above: int) -> list[Path]:
     """Before training goes on from step `above` (-1: from scratch): later folders no longer count, `prune` removes
     them.
 
@@ -230,7 +230,7 @@ def _agreed(
         if time.monotonic() >= deadline:
             where = some((f"{rank}: {some(sorted(names))}" for rank, names in unseen.items()), "; ")
             raise UserError(
-                f"output_dir: what these ranks wrote into {folder} is not there, or not whole, for rank 0: {where}."
+                f"output_dir: rank 0 cannot see all files that these ranks wrote to {folder}: {where}."
                 " Every rank must write to the same disk: set output_dir to a folder that all machines share."
             )
         time.sleep(0.5)

@@ -15,7 +15,7 @@ from finetune.memory.estimate import Estimate, estimate
 from finetune.memory.trace import MicroBatchShape
 from finetune.recipe.load import Loaded
 from finetune.report.text import human_bytes
-from finetune.training.job import Plan
+from finetune.training.job import JobSpec
 
 # What a trainer's process takes from the forecast to its steps beside tensors: libraries that are imported by then,
 # kernels' own memory. Medians of docs/benchmarks/memory.md's runs without it, on Linux and the CPU; a GPU's driver
@@ -23,7 +23,7 @@ from finetune.training.job import Plan
 LATER_BYTES = {"single": 45 * 2**20, "ddp": 50 * 2**20, "deepspeed": 110 * 2**20}
 
 
-def largest_shapes(plan: Plan) -> list[MicroBatchShape]:
+def largest_shapes(plan: JobSpec) -> list[MicroBatchShape]:
     """The micro-batches of this run with the most tokens: of those that begin a window, and of the later ones, which
     meet gradients.
 
@@ -55,7 +55,7 @@ def largest_shapes(plan: Plan) -> list[MicroBatchShape]:
     return [MicroBatchShape(*one) for one in found]
 
 
-def forecast(plan: Plan) -> tuple[Estimate, MicroBatchShape] | str:
+def forecast(plan: JobSpec) -> tuple[Estimate, MicroBatchShape] | str:
     """The memory of this run before it starts, and the micro-batch that decides it; why it is not known, which is no
     reason not to train.
     """

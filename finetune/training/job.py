@@ -21,7 +21,8 @@ from finetune.batching.windows import (
     stream_window,
 )
 from finetune.data import collate as collating
-from finetune.data.prepare import PreparedData, prepare
+from finetune.data.prepare import PreparedData
+from finetune.data.prepare import prepare as prepare_data
 from finetune.data.stream import StreamRows, open_stream
 from finetune.data.token_cache import TokenRows
 from finetune.engine.devices import has_accelerator
@@ -45,7 +46,7 @@ from finetune.recipe.load import Loaded
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobSpec:
     """What is known before a weight is read: batch arithmetic, schedule, model facts, tokenised data."""
 
     loaded: Loaded
@@ -63,7 +64,7 @@ class Plan:
 class Job:
     """A plan on a running engine."""
 
-    plan: Plan
+    plan: JobSpec
     engine: Engine
     description: dict
     scale_check: str = ""  # what the start-up check saw
@@ -119,7 +120,7 @@ class Job:
         return collating.collate([source.row(i) for i in rows], padding)
 
 
-def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> Plan:
+def prepare(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> JobSpec:
     """Everything that can be wrong before weights are read. No process group: every rank calls it by itself.
 
     Raises UserError.
@@ -129,7 +130,7 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
     batch, max_grad_norm = settled.batch, settled.max_grad_norm
     facts = read_facts(loaded)
     tokenizer = load_tokenizer(loaded)
-    prepared = (open_stream if loaded.recipe.data.streaming else prepare)(loaded, tokenizer, say)
+    prepared = (open_stream if loaded.recipe.data.streaming else prepare_data)(loaded, tokenizer, say)
     facts = check_rows(loaded, strategy, facts, tokenizer, prepared)
     rows = 0 if loaded.recipe.data.streaming else len(prepared.train)  # a stream has max_steps
     schedule = make_schedule(loaded, batch, rows)
@@ -142,7 +143,7 @@ def prepare_plan(loaded: Loaded, strategy: Strategy, say: Callable[[str], None])
             else max(int(r.lengths.max()) for r in held if r is not None)
         )
         batch = choose_micro_batch(settled, facts, longest, say)
-    return Plan(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule, chosen)
+    return JobSpec(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule, chosen)
 
 
 def check_rows(loaded: Loaded, strategy: Strategy, facts: ModelFacts, tokenizer, prepared: PreparedData) -> ModelFacts:
@@ -184,7 +185,7 @@ def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
     )
 
 
-def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> Job:
+def assemble(plan: JobSpec, say: Callable[[str], None], measure: bool = False) -> Job:
     """Check the engine's scale, start it, load the model, build the optimizer, prepare. A collective. Raises UserError.
 
     With `measure` the engine's meter keeps what memory is taken for from the start.
@@ -213,7 +214,7 @@ def assemble(plan: Plan, say: Callable[[str], None], measure: bool = False) -> J
     return Job(plan, engine, {"parameters": parameters, "trained_parameters": trained, "optimizer": name}, scale_check)
 
 
-def _refuse_unequal(plan: Plan, engine: Engine) -> None:
+def _refuse_unequal(plan: JobSpec, engine: Engine) -> None:
     """Raises UserError where ranks chose different micro-batches, because their devices differ. A collective."""
     rows = engine.gather_objects(plan.batch.per_device_rows) if plan.chosen else [0]
     if min(rows) < max(rows):

@@ -17,7 +17,7 @@ from finetune.engine.memory_use import is_out_of_memory
 from finetune.errors import OutOfMemory
 from finetune.memory.micro_batch import KEY, next_smaller
 from finetune.report.text import human_bytes
-from finetune.training.job import Plan, assemble
+from finetune.training.job import JobSpec, assemble
 from finetune.training.one_batch_reference import accumulate
 
 # at most: one makes the optimizer's states, the next has them beside its activations; fp16's scaler skips some at first
@@ -25,7 +25,7 @@ WINDOWS = 20
 TIMEOUT_SECONDS = 60.0  # for the other ranks to come to the trial's end
 
 
-def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
+def try_micro_batch(plan: JobSpec, say: Callable[[str], None]) -> JobSpec:
     """The plan, or the one with the next smaller micro-batch where memory ran out: the same global batch, said in one
     line.
 
@@ -33,7 +33,7 @@ def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
     Raises OutOfMemory where the smaller one runs out, too."""
     if plan.loaded.recipe.data.streaming:
         return plan  # its longest rows are not known
-    reason = _runs_out(plan)
+    reason = _runs_out_of_memory(plan)
     if not reason:
         return plan
     smaller = next_smaller(plan.batch)
@@ -43,7 +43,7 @@ def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
             f"auto: {plan.batch.per_device_rows} rows per micro-batch run out of memory here ({reason}):"
             f" {smaller.line()}."
         )
-        if not (again := _runs_out(less)):
+        if not (again := _runs_out_of_memory(less)):
             return less
         reason = again
     raise OutOfMemory(
@@ -53,7 +53,7 @@ def confirmed(plan: Plan, say: Callable[[str], None]) -> Plan:
     )
 
 
-def _runs_out(plan: Plan) -> str:
+def _runs_out_of_memory(plan: JobSpec) -> str:
     """Whether windows of the longest rows run out of memory on any rank, in words; nothing of it is kept."""
     job, reason = assemble(plan, lambda line: None), ""
     try:

@@ -12,14 +12,14 @@ from finetune.errors import OutOfMemory
 from finetune.process import heartbeat
 from finetune.process.host_memory import host_memory
 from finetune.report.text import human_bytes
-from finetune.training.job import Plan
+from finetune.training.job import JobSpec
 
 # of the memory: what parameters, gradients and optimizer states take for a smaller micro-batch to be no help
 MOSTLY = 0.7
 
 
 @contextlib.contextmanager
-def explained(plan: Plan, engine: Engine | None = None) -> Iterator[None]:
+def explained(plan: JobSpec, engine: Engine | None = None) -> Iterator[None]:
     """Raises OutOfMemory with one message where memory runs out within it; `engine` is None while the model is
     loaded.
     """
@@ -31,7 +31,7 @@ def explained(plan: Plan, engine: Engine | None = None) -> Iterator[None]:
         raise OutOfMemory(_message(plan, engine, error)) from error
 
 
-def _message(plan: Plan, engine: Engine | None, error: BaseException) -> str:
+def _message(plan: JobSpec, engine: Engine | None, error: BaseException) -> str:
     device = of_the_device(error)
     running = engine is not None and hasattr(engine, "optimizer")
     held = memory_by_category(
@@ -48,7 +48,7 @@ def _message(plan: Plan, engine: Engine | None, error: BaseException) -> str:
     )
 
 
-def _change(plan: Plan, too_large: bool) -> str:
+def _change(plan: JobSpec, too_large: bool) -> str:
     """The smallest change: fewer rows at a time, then recomputed activations, then less to hold; none changes the
     global batch.
     """

@@ -72,7 +72,7 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
         )
     progress = checkpoint.load(job.engine, found)
     if job.engine.rank == 0:
-        snapshots.set_aside(root, found.step)
+        snapshots.retire(root, found.step)
     job.engine.barrier()
     ranks = (
         ""
@@ -103,7 +103,7 @@ def _refuse_what_is_there(loaded: Loaded, output_dir: Path) -> None:
     if damaged := snapshots.listing(output_dir / CHECKPOINTS):
         raise UserError(
             f"{loaded.where('output_dir')}: no checkpoint of {output_dir} can be used, see above (steps"
-            f" {', '.join(str(snapshot.step) for snapshot in damaged)}). Mend the disk, give another output_dir, or"
+            f" {', '.join(str(snapshot.step) for snapshot in damaged)}). Repair the disk, give another output_dir, or"
             " start over with checkpoint.resume=never, which moves what is there away."
         )
     there = read_resolved(output_dir / "recipe.yaml")
@@ -130,4 +130,4 @@ def _move_away(output_dir: Path, console: Console) -> None:
     target.mkdir()
     for path in here:
         os.rename(path, target / path.name)
-    console.say(f"checkpoint.resume is never: starting over; what was there lies in {target}")
+    console.say(f"checkpoint.resume is never: starting over; previous contents moved to {target}")

@@ -30,9 +30,9 @@ from finetune.report.console import Console
 from finetune.report.run_folder import RunFiles, is_finished
 from finetune.training import banner, forecast
 from finetune.training.export import export_model
-from finetune.training.job import Job, Plan, assemble, prepare_plan
+from finetune.training.job import Job, JobSpec, assemble, prepare
 from finetune.training.loop import run_loop, summary_of
-from finetune.training.micro_batch_trial import confirmed
+from finetune.training.micro_batch_trial import try_micro_batch
 from finetune.training.out_of_memory import explained
 from finetune.training.resume import begin, facts_of
 
@@ -69,7 +69,7 @@ def run(loaded: Loaded, strategy: Strategy, output_dir: Path, console: Console) 
     job.engine.close()
 
 
-def _check_room(plan: Plan, output_dir: Path, console: Console) -> None:
+def _check_room(plan: JobSpec, output_dir: Path, console: Console) -> None:
     """Host memory and disk, before weights are read. Raises UserError where either cannot be enough."""
     loaded, dtype = plan.loaded, plan.facts.export_dtype
     weights = weights_beforehand(loaded, plan.facts)
@@ -81,17 +81,19 @@ def _check_room(plan: Plan, output_dir: Path, console: Console) -> None:
     host_memory.check_disk(loaded, output_dir, trained, trained * DTYPE_BYTES[dtype], console.say)
 
 
-def _planned(loaded: Loaded, strategy: Strategy, output_dir: Path, console: Console) -> tuple[Plan, dict | None, str]:
+def _planned(
+    loaded: Loaded, strategy: Strategy, output_dir: Path, console: Console
+) -> tuple[JobSpec, dict | None, str]:
     """The plan, what it is expected to take (for run.json), and that in a line: all that is known before weights are
     read.
 
     Raises UserError where host, disk or device surely have too little.
     """
-    plan = prepare_plan(loaded, strategy, console.say)
+    plan = prepare(loaded, strategy, console.say)
     _check_room(plan, output_dir, console)
     if plan.chosen:
         with explained(plan):
-            plan = confirmed(plan, console.say)
+            plan = try_micro_batch(plan, console.say)
     known = forecast.forecast(plan)
     if isinstance(known, str):
         return plan, None, known

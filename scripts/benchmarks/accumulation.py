@@ -185,7 +185,7 @@ def chats() -> dict:
     from finetune.data.collate import collate
     from finetune.model.load import load_model
     from finetune.recipe.load import load_recipe
-    from finetune.training.job import prepare_plan
+    from finetune.training.job import prepare
 
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
@@ -193,7 +193,7 @@ def chats() -> dict:
             [sys.executable, "-m", "scripts.quickstart.tiny_model", "--output", base, "--untrained-only"], check=True
         )
         loaded = load_recipe(REPOSITORY / "recipes/quickstart/sft.yaml", [f"model.name_or_path={base}-init"])
-        plan = prepare_plan(loaded, one_process(use_cpu=True), print)
+        plan = prepare(loaded, one_process(use_cpu=True), print)
         network = load_model(loaded, plan.strategy, plan.facts, torch.device("cpu"))
         errors, counts, position = [], [], Position()
         for _ in range(20):

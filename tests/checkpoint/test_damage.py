@@ -59,10 +59,11 @@ def test_what_does_not_belong_is_noticed(two):
 
 
 def test_every_byte_of_the_manifest_counts(tmp_path):
-    folder = snapshots.begin(tmp_path, 20)
+    folder = snapshots.start(tmp_path, 20)
     (folder / "a.bin").write_bytes(b"1234")
     path = (
-        snapshots.seal(tmp_path, 20, {"rows": 1.5}, {"rank 0": snapshots.digest(folder, ["a.bin"])}) / "manifest.json"
+        snapshots.publish(tmp_path, 20, {"rows": 1.5}, {"rank 0": snapshots.digest(folder, ["a.bin"])})
+        / "manifest.json"
     )
     whole = path.read_bytes()
     for at in range(len(whole)):

@@ -134,7 +134,7 @@ def test_a_damaged_newest_folder_never_outlives_a_whole_older_one(two):
     flip(two / "step-20" / "weights.bin")
     save(two, 15, limit=1)
     assert holds(snapshots.newest(two, [].append), 15), "step 20 does not count as the one to keep"
-    assert snapshots.set_aside(two, above=15) == [two / "step-20.aside"]
+    assert snapshots.retire(two, above=15) == [two / "step-20.aside"]
     assert holds(snapshots.newest(two, pytest.fail), 15)
     save(two, 25, limit=1)
     assert names(two) == ["latest", "step-25"]
@@ -144,27 +144,27 @@ def test_a_damaged_newest_folder_never_outlives_a_whole_older_one(two):
 
 
 def test_files_that_rank_0_cannot_see_name_rank_and_files(two):
-    folder = snapshots.begin(two, 30)
+    folder = snapshots.start(two, 30)
     (folder / "here.bin").write_bytes(b"1234")
     here = snapshots.digest(folder, ["here.bin"])
     other = {"rank_1/gone.bin": snapshots.Digest("0" * 64, 4)}
     with pytest.raises(UserError, match=r"rank 1 on node7: rank_1/gone\.bin.*all machines share"):
-        snapshots.seal(two, 30, {}, {"rank 0 on node6": here, "rank 1 on node7": other}, patience_seconds=0)
+        snapshots.publish(two, 30, {}, {"rank 0 on node6": here, "rank 1 on node7": other}, patience_seconds=0)
     assert names(two) == ["latest", "step-10", "step-20"]
 
 
 def test_every_file_needs_exactly_one_digest(two):
-    folder = snapshots.begin(two, 30)
+    folder = snapshots.start(two, 30)
     (folder / "a.bin").write_bytes(b"1234")
     (folder / "b.bin").write_bytes(b"5678")
     digests = snapshots.digest(folder, ["a.bin"])
     with pytest.raises(ValueError, match="b.bin"):
-        snapshots.seal(two, 30, {}, {"rank 0": digests}, patience_seconds=0)
-    folder = snapshots.begin(two, 30)
+        snapshots.publish(two, 30, {}, {"rank 0": digests}, patience_seconds=0)
+    folder = snapshots.start(two, 30)
     (folder / "a.bin").write_bytes(b"1234")
     with pytest.raises(ValueError, match="a.bin"):
         other = {"a.bin": snapshots.Digest("0" * 64, 4)}
-        snapshots.seal(
+        snapshots.publish(
             two, 30, {}, {"rank 0": snapshots.digest(folder, ["a.bin"]), "rank 1": other}, patience_seconds=0
         )
     assert names(two) == ["latest", "step-10", "step-20"]
@@ -186,7 +186,7 @@ def test_a_save_that_does_not_fit_leaves_the_older_ones(limit_bytes, two):
         try:
             save(two, 30)
         except OSError:
-            snapshots.abandon(two, 30)
+            snapshots.discard(two, 30)
             raise
     assert names(two) == ["latest", "step-10", "step-20"]
     assert holds(snapshots.newest(two, pytest.fail), 20)
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_up_leaves_the_older_one(tmp_path):
                 save(tmp_path / "checkpoints", 20)
                 break
             except OSError:
-                snapshots.abandon(tmp_path / "checkpoints", 20)
+                snapshots.discard(tmp_path / "checkpoints", 20)
                 assert holds(snapshots.newest(tmp_path / "checkpoints", pytest.fail), 10)
             os.truncate(filler, filler.stat().st_size - 4096)
         assert pages > 5

@@ -253,7 +253,7 @@ def test_the_real_demo_sets_load_without_options_and_train(tmp_path, name):
         "training.per_device_train_batch_size=2",
     )
     # with the model's 256 positions most rows of a byte-level vocabulary this small are cut
-    plan = job.prepare_plan(
+    plan = job.prepare(
         load_recipe(tmp_path / "recipe.yaml", (*short, "data.max_dropped_fraction=1")), one_process(), print
     )
     running = job.assemble(plan, print)

@@ -95,7 +95,7 @@ def test_a_stream_trains_and_evaluates_like_rows(tmp_path):
     held_out = write_jsonl(tmp_path / "held.jsonl", [chat_row("a", "b")] * 3)
     text = path.read_text().replace("  eval_fraction: 0.2\n", f"  eval: [{{path: {held_out}}}]\n  streaming: true\n")
     path.write_text(text.replace("num_train_epochs: 1", "max_steps: 9"))
-    plan = job.prepare_plan(load_recipe(path), one_process(), print)
+    plan = job.prepare(load_recipe(path), one_process(), print)
     running = job.assemble(plan, print)
     before = step.evaluate(running)
     results = list(step.train(running))

@@ -51,7 +51,7 @@ def with_new_tokens(folder, *words):
 
 def test_the_embedding_grows_for_tokens_of_the_data_and_trains(tmp_path):
     path, tokenizer = with_new_tokens(tmp_path, "<think>", "</think>")
-    plan = job.prepare_plan(load_recipe(path, FULL), one_process(), print)
+    plan = job.prepare(load_recipe(path, FULL), one_process(), print)
     assert plan.facts.vocabulary == len(tokenizer) == 450
     running = job.assemble(plan, print)
     (result,) = step.train(running)
@@ -62,10 +62,10 @@ def test_the_embedding_grows_for_tokens_of_the_data_and_trains(tmp_path):
 def test_an_embedding_that_cannot_grow_is_refused_before_weights(tmp_path):
     path, _ = with_new_tokens(tmp_path, "<think>")
     with pytest.raises(UserError, match=r"recipe.yaml:1: .*token id 448 \('<think>'\).*ends at 447.*lora"):
-        job.prepare_plan(load_recipe(path, (*FULL, "lora.r=2")), one_process(), print)
+        job.prepare(load_recipe(path, (*FULL, "lora.r=2")), one_process(), print)
     strategy = Strategy(**(vars(one_process()) | {"engine": "deepspeed", "zero_stage": 3}))
     with pytest.raises(UserError, match="under ZeRO-3 it cannot grow"):
-        job.prepare_plan(load_recipe(path, FULL), strategy, print)
+        job.prepare(load_recipe(path, FULL), strategy, print)
 
 
 def test_a_pad_token_outside_the_embedding_gives_way(tmp_path):
@@ -75,7 +75,7 @@ def test_a_pad_token_outside_the_embedding_gives_way(tmp_path):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id == 448
     tokenizer.save_pretrained(tmp_path / "base")
-    plan = job.prepare_plan(load_recipe(path, (*FULL, "lora.r=2")), one_process(), print)
+    plan = job.prepare(load_recipe(path, (*FULL, "lora.r=2")), one_process(), print)
     assert plan.facts.vocabulary == 448
     assert padding_id(plan.tokenizer, 448) == plan.tokenizer.eos_token_id
 
@@ -83,7 +83,7 @@ def test_a_pad_token_outside_the_embedding_gives_way(tmp_path):
 def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path):
     path = small_recipe(tmp_path)
     make_tokenizer(pad=None).save_pretrained(tmp_path / "base")
-    plan = job.prepare_plan(load_recipe(path, FULL), one_process(), print)
+    plan = job.prepare(load_recipe(path, FULL), one_process(), print)
     assert padding_id(plan.tokenizer, plan.facts.vocabulary) == plan.tokenizer.eos_token_id
 
 

@@ -49,7 +49,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def save(root: Path, step: int, limit: int = 1, salt: int = 0, protect: int | None = None) -> Path:
-    folder = snapshots.begin(root, step)
+    folder = snapshots.start(root, step)
     files = payload(step, salt)
     for name, data in files.items():
         for parent in reversed((folder / name).relative_to(folder).parents[:-1]):
@@ -58,7 +58,7 @@ def save(root: Path, step: int, limit: int = 1, salt: int = 0, protect: int | No
         write(folder / name, data)
     ranks = {"rank 0 on a": [n for n in files if "rank_1" not in n], "rank 1 on b": [n for n in files if "rank_1" in n]}
     digests = {rank: snapshots.digest(folder, names, threads=1) for rank, names in ranks.items()}
-    sealed = snapshots.seal(root, step, facts(step, salt), digests, patience_seconds=0)
+    sealed = snapshots.publish(root, step, facts(step, salt), digests, patience_seconds=0)
     snapshots.prune(root, step, limit, protect)
     return sealed
 

@@ -18,7 +18,7 @@ from finetune.launch.strategy import one_process
 from finetune.model.load import load_model
 from finetune.objectives.sft import sft_loss, trained_tokens
 from finetune.recipe.load import load_recipe
-from finetune.training.job import prepare_plan
+from finetune.training.job import prepare
 from tests.support.launch import launch_file, train
 from tests.support.tiny_models import small_recipe
 
@@ -47,7 +47,7 @@ def steps(folder: Path) -> list[dict]:
 def first_window(recipe_path: Path, ranks: int) -> NoiseMeasurement:
     """The first window's measurement in plain torch: every micro-batch's gradient by itself."""
     loaded = load_recipe(recipe_path, OVERRIDES)
-    plan = prepare_plan(loaded, one_process(), lambda line: None)
+    plan = prepare(loaded, one_process(), lambda line: None)
     network = load_model(loaded, one_process(), plan.facts, torch.device("cpu"))
     window = next_window(Position(), len(plan.data.train), 8, loaded.recipe.training.seed)
     total, squares, tokens, count = None, 0.0, 0, 0

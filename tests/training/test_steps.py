@@ -22,7 +22,7 @@ def start(tmp_path, monkeypatch):
     path, running = small_recipe(tmp_path / "job"), []
 
     def start(*overrides: str) -> job.Job:
-        plan = job.prepare_plan(load_recipe(path, overrides), one_process(), print)
+        plan = job.prepare(load_recipe(path, overrides), one_process(), print)
         running.append(job.assemble(plan, print))
         return running[-1]
 
