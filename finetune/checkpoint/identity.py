@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune.report import redact
 
@@ -55,7 +56,7 @@ def base_fingerprint(name_or_path: str, revision: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """What the tokenizer does: its pieces, merges and rules, and the chat template."""
     text = (
         tokenizer.backend_tokenizer.to_str()

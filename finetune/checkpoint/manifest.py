@@ -23,7 +23,8 @@ CHUNK_BYTES = 4 << 20
 THREADS = 4  # hashlib lets other threads run while it works
 SHOWN = 5  # files or problems named in one message
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def verify(folder: Path, hashes: bool = True, threads: int = THREADS) -> list[st
 
 def examine(folder: Path, hashes: bool, threads: int = THREADS) -> Snapshot:
     """The folder as a Snapshot, with its problems: see `verify`."""
-    step = int(NAME.fullmatch(folder.name)[1])
+    match = NAME.fullmatch(folder.name)
+    assert match is not None, folder
+    step = int(match[1])
     try:
         facts, files = _read_manifest(folder, step)
         found, odd = walk(folder)

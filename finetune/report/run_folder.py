@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import UserError
 from finetune.report import redact
@@ -78,7 +79,7 @@ class RunFiles:
                 file.write(json.dumps(clean, allow_nan=False) + "\n")
             self.also(clean)
 
-    def update(self, **fields) -> None:
+    def update(self, **fields: Any) -> None:
         """Merge fields into run.json."""
         if self.enabled:
             self.document |= fields

@@ -80,4 +80,4 @@ def results(summary: Mapping, output_dir: Path, memory: Mapping[str, str]) -> di
     if summary["eval_loss_first"] is not None:
         first, last = summary["eval_loss_first"], summary["eval_loss_last"]
         rows["held-out loss"] = f"{first:.4f} -> {last:.4f} ({(last - first) / first:+.1%})"
-    return rows | memory | {"model": summary["model"], "metrics": str(output_dir / "metrics.jsonl")}
+    return rows | dict(memory) | {"model": summary["model"], "metrics": str(output_dir / "metrics.jsonl")}

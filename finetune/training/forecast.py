@@ -35,14 +35,14 @@ def largest_shapes(plan: JobSpec) -> list[MicroBatchShape]:
         longest = recipe.data.max_length if recipe.data.streaming else int(train.lengths.max())
         return [MicroBatchShape(batch.per_device_rows, longest, batch.per_device_rows > 1)]
     left = plan.schedule.planned_steps * batch.global_batch_rows
-    epochs = training.num_train_epochs if training.max_steps is None else math.inf
+    epochs = training.num_train_epochs if training.max_steps is None else None
     longest, ragged = (
         int(train.lengths.max()),
         batch.per_device_rows > 1 and int(train.lengths.min()) < int(train.lengths.max()),
     )
     found: list[tuple[int, int, bool]] = []  # of the first micro-batches, of the later ones
     epoch = 0
-    while left > 0 and (rows := rows_of_epoch(len(train), epochs, epoch)):
+    while left > 0 and (rows := rows_of_epoch(len(train), math.inf if epochs is None else epochs, epoch)):
         order = row_order(len(train), training.seed, epoch)[: min(rows, left)]
         here = largest_micro_batches(train.lengths, order, batch.global_batch_rows, batch.per_device_rows, batch.ranks)
         places = zip_longest(found, here)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from finetune.batching.batch_size import batch_schedule
 from finetune.batching.layout import split_into_micro_batches
@@ -94,11 +95,11 @@ class Job:
         max_steps.
         """
         training = self.plan.loaded.recipe.training
-        epochs = math.inf if training.max_steps is not None else training.num_train_epochs
+        epochs = training.num_train_epochs if training.max_steps is None else None
         rows = self.schedule.batch_rows(position.step, position.applied_rows, position.noise.doublings)
         if self.plan.loaded.recipe.data.streaming:
             return stream_window(position, rows)
-        return next_window(position, len(self.train_rows), rows, self.seed, epochs)
+        return next_window(position, len(self.train_rows), rows, self.seed, math.inf if epochs is None else epochs)
 
     def measures_noise(self, window: Window) -> bool:
         """Whether this window's gradients are watched for the noise scale."""
@@ -146,7 +147,9 @@ def prepare(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> J
     return JobSpec(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule, chosen)
 
 
-def check_rows(loaded: Loaded, strategy: Strategy, facts: ModelFacts, tokenizer, prepared: PreparedData) -> ModelFacts:
+def check_rows(
+    loaded: Loaded, strategy: Strategy, facts: ModelFacts, tokenizer: PreTrainedTokenizerBase, prepared: PreparedData
+) -> ModelFacts:
     """The facts of the model that takes these rows: its vocabulary grows where their tokens need it.
 
     Raises UserError where the rows hold tokens or positions that the model cannot have.
@@ -165,11 +168,14 @@ def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
     """The recipe's schedule of batch and learning rate over a training set of `rows` rows."""
     training = loaded.recipe.training
     sizes = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, training.num_train_epochs)
+    total_rows: int | None = None
     if training.max_steps is not None:
-        planned, total_rows = training.max_steps, None
+        planned = training.max_steps
     else:
-        planned = planned_windows(rows, sizes, training.num_train_epochs)
-        total_rows = sum(epoch_rows(rows, training.num_train_epochs))
+        epochs = training.num_train_epochs
+        assert epochs is not None, "the recipe has max_steps or num_train_epochs"
+        planned = planned_windows(rows, sizes, epochs)
+        total_rows = sum(epoch_rows(rows, epochs))
     return Schedule(
         shape=training.lr_scheduler_type,
         peak=training.learning_rate,

@@ -33,10 +33,10 @@ def explained(plan: JobSpec, engine: Engine | None = None) -> Iterator[None]:
 
 def _message(plan: JobSpec, engine: Engine | None, error: BaseException) -> str:
     device = of_the_device(error)
-    running = engine is not None and hasattr(engine, "optimizer")
-    held = memory_by_category(
-        engine.module.parameters() if running else (), engine.optimizer if running else None, device
-    )
+    if engine is not None and hasattr(engine, "optimizer"):
+        held = memory_by_category(engine.module.parameters(), engine.optimizer, device)
+    else:
+        held = memory_by_category((), None, device)
     tried = f" allocating {human_bytes(tried_bytes(error))}" if tried_bytes(error) else ""
     limit = device_limit_bytes() if device else host_memory().limit_bytes
     place = str(heartbeat.here()) if heartbeat.here().words else f"{heartbeat.here()}, loading the model"
