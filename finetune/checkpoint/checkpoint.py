@@ -23,13 +23,11 @@ from finetune.engine.kinds import convert_state
 from finetune.errors import UserError
 from finetune.report.run_folder import STATE
 
-# at most: DeepSpeed's weights in 16 bits, float32 copy and two moments; some more for the rest
-BYTES_PER_TRAINED_PARAMETER = 16
 PATIENCE_SECONDS = 60
 
 
 def save(
-    engine: Engine, root: Path, progress: Progress, facts: dict, limit: int, keep_best: bool, bytes_needed: int
+    engine: Engine, root: Path, progress: Progress, facts: dict, limit: int, keep_best: bool, bytes_needed: float
 ) -> str:
     """Save and publish a checkpoint, then prune; "" when it is there, else why not, on every rank. A collective."""
     step = progress.position.step
@@ -61,7 +59,7 @@ def save(
     return engine.on_rank_0(publish)
 
 
-def _begin(root: Path, step: int, bytes_needed: int) -> None:
+def _begin(root: Path, step: int, bytes_needed: float) -> None:
     snapshots.start(root, step)  # first: it removes what a killed save left
     if shortage := snapshots.check_space(root, bytes_needed):
         snapshots.discard(root, step)

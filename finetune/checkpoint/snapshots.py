@@ -61,7 +61,7 @@ def folder_of(root: Path, step: int, suffix: str = "") -> Path:
 # ---- saving
 
 
-def check_space(root: Path, needed_bytes: int, what: str = "a checkpoint") -> str | None:
+def check_space(root: Path, needed_bytes: float, what: str = "a checkpoint") -> str | None:
     """Why a save (or `what`) of `needed_bytes` cannot succeed on the disk of `root`, in words, or None. Quotas are not
     seen.
     """

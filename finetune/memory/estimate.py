@@ -22,7 +22,7 @@ from finetune.memory.trace import MicroBatchShape, Precision, Profile, continued
 from finetune.memory.zero.stages import resident_sharded
 from finetune.model.facts import ModelFacts
 from finetune.model.outline import outlined
-from finetune.model.parameters import DTYPE_BYTES, Weights
+from finetune.model.parameters import Weights
 from finetune.recipe.load import Loaded
 
 Items = Mapping[str, float]
@@ -135,15 +135,15 @@ def estimate(
             },
         }
     spread = TRACED_SPREAD if not on_cpu else (1.0, 1.0) if strategy.engine == "single" and traced else ENGINE_SPREAD
-    ranges = {
-        place: _range(parts[place], spread, spread if traced else (activations.LOW, activations.HIGH))
-        for place in parts
-    }
-    kept = loaded.recipe.checkpoint.save_total_limit
-    disk = formulas.checkpoints_bytes(seen.weights, loaded.recipe.training.optim, kept, DTYPE_BYTES[facts.export_dtype])
-    return Estimate(
-        parts, ranges["device"], ranges["host"], sum(resident.nvme.values()), disk, traced, seen.weights, on_cpu
-    )
+    dynamic = spread if traced else (activations.LOW, activations.HIGH)
+    ranges = {place: _range(parts[place], spread, dynamic) for place in parts}
+    needed = _without_file_pages(parts["host"], seen.weights, strategy, facts, on_cpu)
+    host = dataclasses.replace(ranges["host"], low=_peak(needed, spread[0], dynamic[0]))
+    one = formulas.checkpoint_bytes(seen.weights, loaded.recipe.training.optim, strategy)
+    # every checkpoint that is kept, the next one before an older goes (checkpoint/snapshots.py), and the model
+    disk = (loaded.recipe.checkpoint.save_total_limit + 1) * one
+    disk += formulas.exported_bytes(seen.weights, facts.export_dtype)
+    return Estimate(parts, ranges["device"], host, sum(resident.nvme.values()), disk, traced, seen.weights, on_cpu)
 
 
 traces: dict[tuple, dict[int, Profile] | None] = {}  # by rows; None where the model cannot be traced
@@ -271,14 +271,27 @@ def _sum(a: Items, b: Items) -> dict[str, float]:
     return {item: a.get(item, 0.0) + b.get(item, 0.0) for item in {*a, *b}}
 
 
+def _without_file_pages(
+    parts: Mapping[str, Items], weights: Weights, strategy: Strategy, facts: ModelFacts, on_cpu: bool
+) -> dict[str, Items]:
+    """A host's parts without the weights that are pages of the checkpoint's files, which the kernel can drop and read
+    again: frozen ones, and on their way to a GPU those that are trained in the type of the files. Under ZeRO-3 each
+    rank has a copy of its share."""
+    if strategy.zero_stage == 3:
+        return dict(parts)
+    trained_too = not on_cpu and facts.export_dtype == "float32"
+    mapped = sum(w.elements * w.bytes_each for w in weights.all if not w.quantised and (trained_too or not w.trained))
+    return {
+        part: {**items, "parameters": max(0.0, items.get("parameters", 0.0) - mapped * (on_cpu or part == "load"))}
+        for part, items in parts.items()
+    }
+
+
 def _range(parts: Mapping[str, Items], spread: tuple[float, float], dynamic: tuple[float, float]) -> ByteRange:
     """The peak, with these factors for its ends; `dynamic` those of activations and losses."""
+    return ByteRange(_peak(parts, spread[0], dynamic[0]), _peak(parts), _peak(parts, spread[1], dynamic[1]))
 
-    def peak(place: int | None) -> float:
-        factors = (1.0, 1.0) if place is None else (spread[place], dynamic[place])
-        return max(
-            (sum(size * factors[item in DYNAMIC] for item, size in items.items()) for items in parts.values()),
-            default=0.0,
-        )
 
-    return ByteRange(peak(0), peak(None), peak(1))
+def _peak(parts: Mapping[str, Items], factor: float = 1.0, dynamic: float = 1.0) -> float:
+    sums = (sum(size * (dynamic if item in DYNAMIC else factor) for item, size in p.items()) for p in parts.values())
+    return max(sums, default=0.0)

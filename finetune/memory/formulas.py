@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import ceil
 
+from finetune.engine.deepspeed.buffers import compute_bytes
+from finetune.launch.strategy import Strategy
 from finetune.memory.resident import Resident
-from finetune.model.parameters import Weights
+from finetune.model.parameters import DTYPE_BYTES, Weights
 
 MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}  # per trained parameter
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
@@ -59,17 +61,22 @@ def saved_optimizer_bytes(sizes: Iterable[int], optim: str) -> int:
     return optimizer_bytes(sizes, optim) + tables
 
 
-def checkpoints_bytes(weights: Weights, optim: str, save_total_limit: int, export_bytes_each: float) -> float:
-    """Disk of a run in one process or under DDP at its fullest: every checkpoint that is kept, the next one before an
-    older goes (snapshots.py), and the exported model: the adapters as they are, or the whole model in its export type.
+def checkpoint_bytes(weights: Weights, optim: str, strategy: Strategy) -> float:
+    """One checkpoint on disk, over all ranks: the trained weights and the optimizer's states. DeepSpeed saves the
+    weights twice, in the compute type and in float32.
     """
     trained = [weight for weight in weights.all if weight.trained]
-    one = sum(w.elements * w.bytes_each for w in trained) + saved_optimizer_bytes((w.elements for w in trained), optim)
+    states = saved_optimizer_bytes((w.elements for w in trained), optim)
+    if strategy.engine == "deepspeed":
+        return (compute_bytes(strategy) + 4) * weights.trained_elements + states
+    return sum(w.elements * w.bytes_each for w in trained) + states
+
+
+def exported_bytes(weights: Weights, dtype: str) -> float:
+    """The exported model on disk: the whole model in this type, or the adapters as they are."""
     if weights.trained_elements == weights.elements:
-        export = weights.elements * export_bytes_each
-    else:
-        export = sum(w.elements * w.bytes_each for w in trained)
-    return (save_total_limit + 1) * one + export
+        return weights.elements * DTYPE_BYTES[dtype]
+    return sum(w.elements * w.bytes_each for w in weights.all if w.trained)
 
 
 def resident_plain(weights: Weights, ranks: int, optim: str, on_cpu: bool, accumulates: bool = False) -> Resident:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
+from finetune.launch import compatibility
 from finetune.launch.preflight import Settled
-from finetune.launch.strategy import Strategy
-from finetune.memory.micro_batch import largest_that_fits, micro_batches
+from finetune.launch.strategy import Kind, Strategy, Target
+from finetune.memory.micro_batch import largest_that_fits, micro_batches, next_smaller
 from finetune.memory.verdict import Outcome, PlanInputs, Scenario, outcome
 from finetune.recipe.fields import LoraSection
 from finetune.recipe.load import Loaded
+from finetune.report.text import count
 
 # What accelerate_configs/ holds, by (engine, ZeRO stage, optimizer, parameters); tests/commands/test_plan.py reads the
 # files.
@@ -28,9 +29,8 @@ LAUNCH_FILES = {
     ("deepspeed", 3, "cpu", "cpu"): "zero3_offload.yaml",
     ("deepspeed", 3, "nvme", "nvme"): "zero3_nvme.yaml",
 }
-Place = Literal["none", "cpu", "nvme"]
 NVME_FOLDER = "/local_nvme"
-SMALLER = "smaller micro-batch"
+SMALLER, CHECKPOINTING = "smaller micro-batch", "gradient checkpointing"
 
 
 def as_configured(inputs: PlanInputs) -> Outcome:
@@ -106,7 +106,7 @@ def mitigations(settled: Settled) -> list[Scenario]:
         add(SMALLER)
     if not loaded.recipe.training.gradient_checkpointing:
         loaded = recomputing(loaded, True)
-        add("gradient checkpointing")
+        add(CHECKPOINTING)
     for stage in (2, 3):
         if strategy.ranks > 1 and strategy.zero_stage < stage:
             strategy = sharded(strategy, stage, strategy.offload_optimizer, strategy.offload_param)
@@ -131,6 +131,52 @@ def mitigations(settled: Settled) -> list[Scenario]:
         loaded, strategy = with_adapters(loaded, adapters, four_bits=True), plain(settled.strategy)
         add("QLoRA", True)
     return found
+
+
+def fewer_activations(settled: Settled) -> str:
+    """The first mitigation that leaves what is held as it is, in words; "" where none is left. Nothing is estimated."""
+    found = [scenario for scenario in mitigations(settled) if scenario.name in (SMALLER, CHECKPOINTING)]
+    return _in_words(settled, found[0]) if found else ""
+
+
+def less_to_hold(settled: Settled, on_host: bool) -> list[str]:
+    """The mitigations, in words, that shrink what is held whatever the micro-batch: weights, gradients, optimizer
+    states. On the host without offload, which takes host memory. Nothing is estimated.
+    """
+    return [
+        words
+        for scenario in mitigations(settled)
+        if scenario.name not in (SMALLER, CHECKPOINTING)
+        and not (on_host and "offload" in scenario.name)
+        and not compatibility.met(scenario.loaded.recipe, scenario.strategy)
+        and (words := _in_words(settled, scenario))
+    ]
+
+
+def _in_words(settled: Settled, scenario: Scenario) -> str:
+    """What a mitigation changes, as an order; "" for those that only go further than the one before."""
+    if scenario.name == SMALLER:
+        smaller, training = next_smaller(settled.batch), settled.loaded.recipe.training
+        assert smaller is not None, "there is no such mitigation for one row"
+        steps = smaller.accumulation_steps
+        also = f" and training.gradient_accumulation_steps to {steps}"
+        return (
+            f"set training.per_device_train_batch_size to {smaller.per_device_rows}"
+            f"{'' if training.gradient_accumulation_steps == 'auto' else also}: {count(smaller.per_device_rows, 'row')}"
+            f" x K={steps} x {count(smaller.ranks, 'rank')} = {smaller.global_batch_rows} rows per step as before, the"
+            " same update"
+        )
+    file = launch_file_of(scenario.strategy)
+    launch = f"launch with accelerate_configs/{file}" if file else f"use zero_stage: {scenario.strategy.zero_stage}"
+    return {
+        CHECKPOINTING: "set training.gradient_checkpointing to true: activations are computed again instead of kept",
+        "ZeRO-2": f"{launch}: the ranks share gradients and optimizer states",
+        "ZeRO-3": f"{launch}: the ranks share weights, gradients and optimizer states",
+        "optimizer offload": f"{launch}: gradients and optimizer states go to host memory",
+        "parameter offload": f"{launch}: weights go to host memory, too",
+        "LoRA": "train adapters (a lora section)",
+        "QLoRA": "hold the base in 4 bits (a lora section and model.load_in_4bit: true)",
+    }.get(scenario.name, "")
 
 
 def first_that_fits(inputs: PlanInputs) -> list[Outcome]:
@@ -158,13 +204,13 @@ def nearest(tried: Sequence[Outcome]) -> Outcome | None:
 
 def plain(strategy: Strategy) -> Strategy:
     """The same ranks without DeepSpeed."""
-    engine: Literal["ddp", "single"] = "ddp" if strategy.ranks > 1 else "single"
+    engine: Kind = "ddp" if strategy.ranks > 1 else "single"
     return dataclasses.replace(
         strategy, engine=engine, zero_stage=0, offload_optimizer="none", offload_param="none", nvme_path=None
     )
 
 
-def sharded(strategy: Strategy, stage: int, optimizer: Place = "none", parameters: Place = "none") -> Strategy:
+def sharded(strategy: Strategy, stage: int, optimizer: Target = "none", parameters: Target = "none") -> Strategy:
     """The same ranks under ZeRO."""
     folder = (strategy.nvme_path or NVME_FOLDER) if "nvme" in (optimizer, parameters) else None
     return dataclasses.replace(

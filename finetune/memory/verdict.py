@@ -111,13 +111,12 @@ def device_range(found: Estimate) -> ByteRange:
 
 
 def host_range(found: Estimate, strategy: Strategy) -> ByteRange:
-    """What all ranks of a machine take on its host. Without DeepSpeed rank 0 saves alone, while the others hold what
-    they always do.
+    """What all ranks of a machine take on its host. Rank 0 alone gathers the model it exports (engine.full_state_dict),
+    while the others hold what they always do.
     """
     ranks = strategy.local_ranks
     sums = {part: sum(items.values()) for part, items in found.parts["host"].items()}
-    saving = sums.pop("save", 0.0) if strategy.engine != "deepspeed" else 0.0
-    stays = sums.get("optimizer step", 0.0)
+    saving, stays = sums.pop("save", 0.0), sums.get("optimizer step", 0.0)
     most = max(ranks * max(sums.values(), default=0.0), saving + (ranks - 1) * stays)
     factor = most / found.host.expected if found.host.expected else 1.0
     libraries = HOST_LIBRARIES_BYTES * ranks

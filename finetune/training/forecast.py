@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 from finetune.batching.layout import largest_micro_batches
 from finetune.batching.windows import row_order, rows_of_epoch
 from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.engine.meter import Meter
 from finetune.errors import UserError, reason
-from finetune.memory.estimate import Estimate, estimate
+from finetune.launch.preflight import Settled
+from finetune.memory.estimate import ByteRange, Estimate, Items, estimate
+from finetune.memory.strategies import fewer_activations, less_to_hold
 from finetune.memory.trace import MicroBatchShape
+from finetune.memory.verdict import host_range
+from finetune.process.host_memory import HostMemory, gib, host_memory, swap_bytes
 from finetune.recipe.load import Loaded
-from finetune.report.text import human_bytes
+from finetune.report.text import count, human_bytes
 from finetune.training.job import JobSpec
 
 # What a trainer's process takes from the forecast to its steps beside tensors: libraries that are imported by then,
@@ -149,20 +156,65 @@ def _row(ours: float, theirs: float, error: float) -> str:
     return f"{human_bytes(ours)} predicted, {human_bytes(theirs)} measured ({error:+.1%})"
 
 
-def refuse_what_cannot_fit(loaded: Loaded, found: Estimate) -> str:
-    """Raises UserError where the device surely has too little; the warning to print where it may have, else an empty
-    string.
-    """
-    if not has_accelerator():
-        return ""
-    limit, key = device_limit_bytes(), "training.per_device_train_batch_size"
-    if found.device_needed.expected <= limit:
-        return ""
-    text = (
-        f"{loaded.where(key)}: a rank needs {human_bytes(found.device_needed.expected)} on its device, of which tensors"
-        f" are {human_bytes(found.device.expected)}, most at the {found.peak}, and it has {human_bytes(limit)}."
-        " `finetune plan` names the cheapest change that makes it fit."
-    )
-    if found.device.low > limit:
-        raise UserError(text)
-    return f"warning: {text}"
+def settled_of(plan: JobSpec) -> Settled:
+    """Recipe, launch and batch of a plan as it will run here: on the CPU where there is nothing else."""
+    strategy = dataclasses.replace(plan.strategy, use_cpu=not has_accelerator())
+    return Settled(plan.loaded, strategy, plan.batch, plan.max_grad_norm)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The device of a rank, or the host of all ranks of a machine: what a run needs of its memory, and the limit.
+    `parts` is one rank's, `swap_bytes` what the host has beyond the limit, `changes` what would help, in words."""
+
+    name: str
+    key: str
+    need: ByteRange
+    parts: Mapping[str, Items]
+    ranks: int
+    limit_bytes: float
+    limit: str
+    changes: list[str]
+    swap_bytes: int = 0
+
+
+def refuse_what_cannot_fit(
+    plan: JobSpec, found: Estimate, say: Callable[[str], None], memory: HostMemory | None = None
+) -> None:
+    """Before weights are read: raises UserError where a device or the host surely has too little memory, and warns
+    where it may have."""
+    for place in _places(plan, found, memory or host_memory()):
+        need, refused = place.need, place.need.low > place.limit_bytes + place.swap_bytes
+        if not refused and need.expected <= place.limit_bytes:
+            continue
+        part, items = max(place.parts.items(), key=lambda pair: sum(pair[1].values()))
+        largest = [f"{item} {gib(size)}" for item, size in items.items() if size > 0.01 * sum(items.values())]
+        size, word = (need.low, "at least") if refused else (need.expected, "about")
+        text = (
+            f"{plan.loaded.where(place.key)}: {place.key} is {_value(plan.loaded, place.key)}: this run needs {word}"
+            f" {gib(size)} GiB of {place.name} memory ({count(place.ranks, 'rank')} x {gib(size / place.ranks)} GiB,"
+            f" most at the {part}: {', '.join(largest)}); the limit is {place.limit}."
+        )
+        advice = f" Change one of: {'; '.join(place.changes)}. `finetune plan` computes which of them fits."
+        if refused:
+            raise UserError(text + advice)
+        say(f"warning: {text} It may run out of memory.{advice}")
+
+
+def _places(plan: JobSpec, found: Estimate, memory: HostMemory) -> Iterator[Place]:
+    settled = settled_of(plan)
+    fewer = [words] if (words := fewer_activations(settled)) else []
+    if not found.on_cpu:
+        key, limit = "training.per_device_train_batch_size", device_limit_bytes()
+        changes = [*fewer, *less_to_hold(settled, on_host=False)]
+        need, parts = found.device_needed, found.parts["device"]
+        yield Place("device", key, need, parts, 1, limit, f"{gib(limit)} GiB", changes)
+    changes = [*(fewer if found.on_cpu else []), *less_to_hold(settled, on_host=True)]
+    changes.append("use a smaller model, more machines, or a higher memory limit")
+    need, parts, ranks = host_range(found, plan.strategy), found.parts["host"], plan.strategy.local_ranks
+    key, limit, swap = "model.name_or_path", memory.limit_bytes, swap_bytes()
+    yield Place("host", key, need, parts, ranks, limit, str(memory), changes, swap)
+
+
+def _value(loaded: Loaded, key: str) -> Any:
+    return getattr(getattr(loaded.recipe, key.partition(".")[0]), key.partition(".")[2])

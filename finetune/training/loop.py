@@ -15,6 +15,8 @@ from finetune.checkpoint import checkpoint
 from finetune.checkpoint.progress import Progress
 from finetune.engine.devices import device_peak_bytes, host_peak_bytes
 from finetune.errors import Diverged, StopRequested
+from finetune.memory.formulas import checkpoint_bytes
+from finetune.model.parameters import weights_of
 from finetune.process.heartbeat import at
 from finetune.process.stop_signals import SAVE_FILE, Wishes
 from finetune.report.console import Console
@@ -148,9 +150,10 @@ def _spike(job: Job, progress: Progress, before: Sequence[Position]) -> str:
 
 def _save(job: Job, root: Path, progress: Progress, facts: dict) -> str:
     at(f"saving step {progress.position.step}", slow=True)
-    section = job.plan.loaded.recipe.checkpoint
-    needed = checkpoint.BYTES_PER_TRAINED_PARAMETER * job.description["trained_parameters"]
-    return checkpoint.save(job.engine, root, progress, facts, section.save_total_limit, section.keep_best, needed)
+    recipe, weights = job.plan.loaded.recipe, weights_of(job.engine.inner_model())
+    needed = checkpoint_bytes(weights, recipe.training.optim, job.plan.strategy)
+    limit, keep_best = recipe.checkpoint.save_total_limit, recipe.checkpoint.keep_best
+    return checkpoint.save(job.engine, root, progress, facts, limit, keep_best, needed)
 
 
 def _evaluated(job: Job, files: RunFiles, console: Console, progress: Progress) -> Progress:

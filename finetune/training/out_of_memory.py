@@ -9,9 +9,11 @@ from finetune.engine.devices import device_limit_bytes
 from finetune.engine.engine import Engine
 from finetune.engine.memory_use import is_out_of_memory, memory_by_category, of_the_device, tried_bytes
 from finetune.errors import OutOfMemory
+from finetune.memory.strategies import fewer_activations, less_to_hold
 from finetune.process import heartbeat
 from finetune.process.host_memory import host_memory
 from finetune.report.text import human_bytes
+from finetune.training.forecast import settled_of
 from finetune.training.job import JobSpec
 
 # of the memory: what parameters, gradients and optimizer states take for a smaller micro-batch to be no help
@@ -44,36 +46,15 @@ def _message(plan: JobSpec, engine: Engine | None, error: BaseException) -> str:
     fixed = sum(held.values()) - held["other"]
     return (
         f"{place}: out of {'device' if device else 'host'} memory{tried}. This process holds {parts}; there is"
-        f" {human_bytes(limit) if device else host_memory()}. {_change(plan, fixed > MOSTLY * limit or engine is None)}"
+        f" {human_bytes(limit) if device else host_memory()}."
+        f" {_change(plan, device, mostly_held=engine is None or fixed > MOSTLY * limit)}"
     )
 
 
-def _change(plan: JobSpec, too_large: bool) -> str:
-    """The smallest change: fewer rows at a time, then recomputed activations, then less to hold; none changes the
-    global batch.
-    """
-    loaded, batch = plan.loaded, plan.batch
-    training = loaded.recipe.training
-    rows = batch.per_device_rows
-    if rows > 1 and not too_large:
-        fewer = max(n for n in range(1, rows) if rows % n == 0)
-        steps = batch.accumulation_steps * rows // fewer
-        also = (
-            ""
-            if training.gradient_accumulation_steps == "auto"
-            else f" and training.gradient_accumulation_steps to {steps}"
-        )
-        return (
-            f"Set training.per_device_train_batch_size to {fewer}{also}: {fewer} row{'s' * (fewer > 1)} x K={steps} x"
-            f" {batch.ranks} rank{'s' * (batch.ranks > 1)} = {fewer * steps * batch.ranks} rows per step as before, the"
-            " same update."
-        )
-    if not training.gradient_checkpointing and not too_large:
-        return "Set training.gradient_checkpointing to true: activations are computed again instead of kept."
-    changes = []
-    if plan.strategy.offload_param == "none":
-        changes.append("launch with accelerate_configs/zero3_offload.yaml, which shares and offloads what is held")
-    if loaded.recipe.lora is None:
-        changes.append("train adapters (a lora section)")
-    changes.append(f"lower data.max_length ({loaded.recipe.data.max_length})")
+def _change(plan: JobSpec, device: bool, mostly_held: bool) -> str:
+    """The smallest change that helps, in the order of the mitigations; none changes the global batch."""
+    settled = settled_of(plan)
+    if not mostly_held and (device or settled.strategy.use_cpu) and (first := fewer_activations(settled)):
+        return f"{first[0].upper()}{first[1:]}."
+    changes = [*less_to_hold(settled, not device), f"lower data.max_length ({plan.loaded.recipe.data.max_length})"]
     return f"Change one of: {'; '.join(changes)}."

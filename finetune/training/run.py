@@ -11,15 +11,16 @@ import socket
 import sys
 from pathlib import Path
 
+from finetune.checkpoint.disk import check_disk
 from finetune.checkpoint.identity import flat, versions
 from finetune.checkpoint.progress import Progress
-from finetune.engine.devices import device_name, has_accelerator, host_bytes
+from finetune.engine.devices import device_name, host_bytes
 from finetune.errors import StopRequested
 from finetune.launch.preflight import advice
 from finetune.launch.strategy import Strategy
+from finetune.memory.formulas import checkpoint_bytes, exported_bytes
 from finetune.model.outline import weights_beforehand
-from finetune.model.parameters import DTYPE_BYTES
-from finetune.process import exit_status, host_memory
+from finetune.process import exit_status
 from finetune.process.heartbeat import at
 from finetune.process.run_lock import acquire
 from finetune.process.stop_signals import STOP_FILE, listening
@@ -69,16 +70,12 @@ def run(loaded: Loaded, strategy: Strategy, output_dir: Path, console: Console) 
     job.engine.close()
 
 
-def _check_room(plan: JobSpec, output_dir: Path, console: Console) -> None:
-    """Host memory and disk, before weights are read. Raises UserError where either cannot be enough."""
-    loaded, dtype = plan.loaded, plan.facts.export_dtype
-    weights = weights_beforehand(loaded, plan.facts)
-    # of the base model; 0 where nobody can say
-    parameters = sum(w.elements for w in weights.all if loaded.recipe.lora is None or not w.trained) if weights else 0
-    trained = 0 if loaded.recipe.lora else parameters
-    need = host_memory.host_need(loaded, plan.strategy, parameters, dtype, use_cpu=not has_accelerator())
-    host_memory.check_host(loaded, plan.strategy, need, console.say)
-    host_memory.check_disk(loaded, output_dir, trained, trained * DTYPE_BYTES[dtype], console.say)
+def _check_disk(plan: JobSpec, output_dir: Path, console: Console) -> None:
+    """Raises UserError where no checkpoint fits on the disk. Not asked where a model's parameters are not known yet."""
+    loaded, weights = plan.loaded, weights_beforehand(plan.loaded, plan.facts)
+    if weights is not None:
+        one = checkpoint_bytes(weights, loaded.recipe.training.optim, plan.strategy)
+        check_disk(loaded, output_dir, one, exported_bytes(weights, plan.facts.export_dtype), console.say)
 
 
 def _planned(
@@ -90,21 +87,19 @@ def _planned(
     Raises UserError where host, disk or device surely have too little.
     """
     plan = prepare(loaded, strategy, console.say)
-    _check_room(plan, output_dir, console)
+    known = forecast.forecast(plan)
+    if not isinstance(known, str):
+        forecast.refuse_what_cannot_fit(plan, known[0], console.say)
+    _check_disk(plan, output_dir, console)
     if plan.chosen:
         with explained(plan):
             plan = try_micro_batch(plan, console.say)
-    known = forecast.forecast(plan)
+        known = forecast.forecast(plan)
     if isinstance(known, str):
         return plan, None, known
     found, shape = known
-    if warning := forecast.refuse_what_cannot_fit(plan.loaded, found):
-        console.say(warning)
-    return (
-        plan,
-        forecast.predicted(found, shape, plan.strategy.engine, host_bytes()),
-        forecast.expectation_line(found, shape),
-    )
+    expected = forecast.predicted(found, shape, plan.strategy.engine, host_bytes())
+    return plan, expected, forecast.expectation_line(found, shape)
 
 
 def _claim(output_dir: Path, console: Console) -> None:

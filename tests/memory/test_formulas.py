@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from finetune.engine.storages import StorageTracker
-from finetune.launch.strategy import Strategy
+from finetune.launch.strategy import Strategy, one_process
 from finetune.memory.activations import HIGH, LOW, DecoderSize, activation_bytes, cast_bytes, layer_bytes
 from finetune.memory.formulas import (
-    checkpoints_bytes,
+    checkpoint_bytes,
+    exported_bytes,
     nf4_bytes,
     optimizer_bytes,
     resident_plain,
@@ -100,7 +101,6 @@ def test_optimizer_states_by_hand():
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
 def test_optimizer_states_are_what_a_real_step_leaves(kind):
     from finetune.engine.optimizer import build_optimizer
-    from finetune.launch.strategy import one_process
     from finetune.recipe.fields import TrainingSection
 
     sizes = [100, 4095, 4096, 5000, 70000]
@@ -129,10 +129,13 @@ def test_optimizer_states_are_what_a_real_step_leaves(kind):
 def test_checkpoints_on_disk_by_hand():
     # 1100 trained: weights 4400, moments 8800 + 4 tensors' steps 16; three of them with save_total_limit 2; exported in
     # bf16: 2200
-    assert checkpoints_bytes(SMALL, "adamw", 2, 2) == 3 * (4400 + 8816) + 2200
+    assert checkpoint_bytes(SMALL, "adamw", one_process()) == 4400 + 8816
+    # DeepSpeed: 1100 elements in bf16 and in float32, and their moments
+    assert checkpoint_bytes(SMALL, "adamw", zero(2, "none", ranks=2)) == 2200 + 4400 + 8816
+    assert exported_bytes(SMALL, "bfloat16") == 2200
     # adapters: the base is not in a checkpoint, and they are exported as they are
     lora = Weights((Weight("base.weight", 10000, False, 2), Weight("a.weight", 100, True, 4)))
-    assert checkpoints_bytes(lora, "adamw", 1, 2) == 2 * (400 + 804) + 400
+    assert (checkpoint_bytes(lora, "adamw", one_process()), exported_bytes(lora, "bfloat16")) == (400 + 804, 400)
 
 
 # one process and DDP
