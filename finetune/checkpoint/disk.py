@@ -10,11 +10,11 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.process.host_memory import gib
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 
 def check_disk(
-    loaded: Loaded,
+    loaded: LoadedRecipe,
     output_dir: Path,
     checkpoint_bytes: float,
     model_bytes: float,
@@ -30,7 +30,7 @@ def check_disk(
     limit = loaded.recipe.checkpoint.save_total_limit
     there = _bytes_below(output_dir / "checkpoints") - rubbish
     wanted = (limit + 1) * checkpoint_bytes + model_bytes - there
-    where = f"{loaded.where('output_dir')}: output_dir {output_dir} has {gib(free)} GiB free"
+    where = f"{loaded.location('output_dir')}: output_dir {output_dir} has {gib(free)} GiB free"
     if free < checkpoint_bytes:
         raise UserError(
             f"{where}, and one checkpoint takes {gib(checkpoint_bytes)} GiB. Make room, or give an output_dir on"

@@ -17,13 +17,13 @@ from finetune.model.facts import read_facts
 from finetune.model.load import grow_embedding, load_model
 from finetune.model.save import write_model
 from finetune.model.tokenizer import load_tokenizer
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 from finetune.report import redact
 
 OF_THE_MODEL = ("model.", "lora.")
 
 
-def export_snapshot(found: Snapshot, loaded: Loaded, output: Path) -> str:
+def export_snapshot(found: Snapshot, loaded: LoadedRecipe, output: Path) -> str:
     """Write the checkpoint `found` of the run that `loaded` describes to `output`; returns what was written.
 
     One process, on the CPU, no process group: 8 bytes of host memory per parameter of a fully trained model; of an
@@ -44,7 +44,7 @@ def export_snapshot(found: Snapshot, loaded: Loaded, output: Path) -> str:
     return f"an adapter of {loaded.recipe.model.name_or_path}"
 
 
-def _refuse_another_model(found: Snapshot, loaded: Loaded, tokenizer: PreTrainedTokenizerBase) -> None:
+def _refuse_another_model(found: Snapshot, loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """The recipe, base and tokenizer of now must be those that the checkpoint was written with."""
     section, same = loaded.recipe.model, found.facts["same"]
     now = redact.tree(comparable(loaded.recipe.model_dump(mode="json", exclude_none=True)))

@@ -10,18 +10,18 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.prepare import PreparedData, prepare
 from finetune.engine.deepspeed.buffers import derive_settings
-from finetune.launch.preflight import Settled, batch_line
+from finetune.launch.preflight import Resolved, batch_line
 from finetune.model.facts import read_facts
 from finetune.model.outline import outlined
 from finetune.model.tokenizer import load_tokenizer
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 from finetune.training import banner
 from finetune.training.job import check_rows, make_schedule
 
 SAMPLE_ROWS = 1000
 
 
-def model_and_data(settled: Settled) -> dict[str, Any]:
+def model_and_data(settled: Resolved) -> dict[str, Any]:
     """`model`, `tokenizer` and `data` of the command's document. Raises UserError."""
     loaded = settled.loaded
     model = read_facts(loaded)
@@ -41,12 +41,12 @@ def model_and_data(settled: Settled) -> dict[str, Any]:
     }
 
 
-def deepspeed_settings(settled: Settled) -> dict[str, int]:
+def deepspeed_settings(settled: Resolved) -> dict[str, int]:
     """DeepSpeed's buffers, sized for the model."""
     return derive_settings(outlined(settled.loaded, read_facts(settled.loaded)).weights, settled.strategy)
 
 
-def _samples(loaded: Loaded, tokenizer: PreTrainedTokenizerBase) -> tuple[list[PreparedData], bool]:
+def _samples(loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[PreparedData], bool]:
     """The first rows of every training source made into tokens as training would, and whether that is all there is."""
     section = loaded.recipe.data
     if len(section.train) == 1 or (section.max_rows is not None and section.max_rows <= SAMPLE_ROWS):
@@ -61,7 +61,7 @@ def _samples(loaded: Loaded, tokenizer: PreTrainedTokenizerBase) -> tuple[list[P
     return [prepare(one, tokenizer, lambda line: None) for one in each], False
 
 
-def summary(recipe_path: str, settled: Settled, found: Mapping[str, Any], launch_file: str | None) -> str:
+def summary(recipe_path: str, settled: Resolved, found: Mapping[str, Any], launch_file: str | None) -> str:
     """The document for people."""
     settings, data, model = settled.loaded.recipe, found["data"], found["model"]
     runs_on = settled.strategy.describe()

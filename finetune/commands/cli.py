@@ -20,7 +20,7 @@ from finetune.commands.generate import generate as print_answers
 from finetune.commands.plan import plan as plan_recipe
 from finetune.commands.train import train as train_recipe
 from finetune.commands.verify import verify as verify_recipe
-from finetune.process.exit_status import guarded
+from finetune.process.exit_status import run_guarded
 
 app = typer.Typer(
     add_completion=False,
@@ -36,7 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdou
 
 def end(body: Callable[[], None]) -> None:
     """Run a command's body and exit with its status. Does not return."""
-    sys.exit(guarded(body))
+    sys.exit(run_guarded(body))
 
 
 def print_version(asked: bool) -> None:

@@ -16,14 +16,14 @@ from finetune.errors import UserError
 from finetune.launch.strategy import one_process
 from finetune.model.facts import read_facts
 from finetune.model.tokenizer import load_tokenizer
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 from finetune.training.job import check_rows
 
 _STREAMED_ROWS = 2000
 _MANY_DUPLICATES, _MANY_TRUNCATED, _FEW_ENDS, _FEW_TRAINED = 0.05, 0.1, 0.9, 0.02
 
 
-def examine(loaded: Loaded, samples: int) -> dict[str, Any]:
+def examine(loaded: LoadedRecipe, samples: int) -> dict[str, Any]:
     """The report's content: `ok`, `problems`, `warnings`, `notes` (sentences), `recipe`, `loss_on`, `max_length`,
     `sources`, `train` and `evaluation` (figures, or None; see `figures`), `samples` and `cache`.
 
@@ -144,18 +144,18 @@ def _sample(tokenizer: PreTrainedTokenizerBase, rows: TokenRows, index: int) -> 
     return {"row": int(index), "tokens": len(trained), "trained": int(trained.sum()), "pieces": pieces}
 
 
-def _double_bos(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, document: Mapping[str, Any]) -> list[str]:
+def _double_bos(loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase, document: Mapping[str, Any]) -> list[str]:
     rows = document["train"]["double_bos"]
     if not rows:
         return []
     return [
-        f"{loaded.where('model.name_or_path')}: {rows} of {document['train']['rows']} rows begin with two"
+        f"{loaded.location('model.name_or_path')}: {rows} of {document['train']['rows']} rows begin with two"
         f" {tokenizer.bos_token}: the template writes it twice, or the data hold it already. Take it out of"
         " the data or of the chat template."
     ]
 
 
-def _unknown_ends(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, last_tokens: dict[int, int]) -> str | None:
+def _unknown_ends(loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase, last_tokens: dict[int, int]) -> str | None:
     """The token that ends most rows, when neither tokenizer nor model would stop at it."""
     section = loaded.recipe.model
     stops = {tokenizer.eos_token_id}

@@ -15,7 +15,7 @@ from finetune.commands.libraries import load_libraries
 from finetune.commands.output import refusals_as_json, stdout_is_stderr, write_json
 from finetune.errors import UserError
 from finetune.launch.config_file import read_launch_file
-from finetune.launch.preflight import collect, settle
+from finetune.launch.preflight import collect, resolve
 from finetune.launch.strategy import Strategy, one_process
 from finetune.recipe import sizes
 from finetune.recipe.load import load_recipe
@@ -64,7 +64,7 @@ def planned(
         raise UserError(problems)
     # nothing is trained here: what reports a run need not be installed
     silent = loaded.recipe.model_copy(update={"logging": loaded.recipe.logging.model_copy(update={"report_to": []})})
-    settled = settle(dataclasses.replace(loaded, recipe=silent), strategy)
+    settled = resolve(dataclasses.replace(loaded, recipe=silent), strategy)
     load_libraries(strategy.use_cpu)
     from finetune.commands.plan_document import document
 

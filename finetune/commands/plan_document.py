@@ -15,7 +15,7 @@ from finetune.commands.plan_change import lines_of
 from finetune.engine.deepspeed.buffers import derive_settings
 from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.launch.compatibility import FLASH
-from finetune.launch.preflight import Settled
+from finetune.launch.preflight import Resolved
 from finetune.memory import offload_traffic
 from finetune.memory.estimate import ByteRange, traces
 from finetune.memory.micro_batch import DEVICE_MARGIN, HOST_MARGIN
@@ -38,7 +38,7 @@ LINKS = {
 
 
 def document(
-    recipe_path: str, settled: Settled, device_bytes: int | None, host_bytes: int | None, notes: list[str]
+    recipe_path: str, settled: Resolved, device_bytes: int | None, host_bytes: int | None, notes: list[str]
 ) -> dict[str, Any]:
     """Everything that the command prints; docs/memory.md says what the keys hold. Raises UserError for what the recipe
     gets wrong.
@@ -54,7 +54,7 @@ def document(
     return _document(recipe_path, inputs, notes)
 
 
-def _machine(settled: Settled, device: int | None, host: int | None) -> Machine:
+def _machine(settled: Resolved, device: int | None, host: int | None) -> Machine:
     """What is given, then what the recipe says, then what this machine has, where it is one that would train this."""
     use_cpu, said = settled.strategy.use_cpu, settled.loaded.recipe.training.device_memory
     here = has_accelerator()

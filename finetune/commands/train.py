@@ -11,10 +11,10 @@ from finetune.commands.libraries import load_libraries
 from finetune.errors import UserError
 from finetune.launch.environment import from_environment, is_launched
 from finetune.launch.launcher_command import check_ranks_asked_for, launched_by
-from finetune.launch.preflight import settle
+from finetune.launch.preflight import resolve
 from finetune.launch.start import launch_train
-from finetune.process.exit_status import guarded
-from finetune.process.stop_signals import follow_launcher
+from finetune.process.exit_status import run_guarded
+from finetune.process.stop_signals import stop_when_launcher_dies
 from finetune.recipe.load import load_recipe
 from finetune.report.console import Console
 from finetune.report.run_folder import is_finished, refuse_links_out
@@ -23,9 +23,9 @@ from finetune.report.run_folder import is_finished, refuse_links_out
 def train(recipe_path: str, overrides: Sequence[str], launch_file: str | None) -> None:
     """Launch the trainer and end with its status, or train as the rank that this process is. Does not return."""
     if not is_launched():
-        sys.exit(guarded(lambda: launch_train(recipe_path, overrides, launch_file)))
+        sys.exit(run_guarded(lambda: launch_train(recipe_path, overrides, launch_file)))
     if launch_file is not None:
-        sys.exit(guarded(refuse_launch))
+        sys.exit(run_guarded(refuse_launch))
     run_rank([recipe_path, *overrides])
 
 
@@ -45,7 +45,7 @@ def run_rank(argv: Sequence[str]) -> None:
             )
         train_in_place(argv[0], list(argv[1:]))
 
-    code = guarded(body)
+    code = run_guarded(body)
     if code and is_launched():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -60,8 +60,8 @@ def train_in_place(recipe_path: str, overrides: Sequence[str]) -> None:
     strategy = from_environment(os.environ, launch_file)
     check_ranks_asked_for(strategy, ranks_asked)
     if is_launched():
-        follow_launcher()
-    settle(loaded, strategy)  # for its refusals, before seconds go by with imports
+        stop_when_launcher_dies()
+    resolve(loaded, strategy)  # for its refusals, before seconds go by with imports
     output_dir = Path(loaded.recipe.output_dir).absolute()
     refuse_links_out(output_dir)
     console = Console(enabled=int(os.environ.get("RANK", "0")) == 0)

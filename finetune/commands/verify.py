@@ -19,7 +19,7 @@ from finetune.commands.train import refuse_launch
 from finetune.errors import Diverged
 from finetune.launch.environment import from_environment, is_launched
 from finetune.launch.launcher_command import check_ranks_asked_for, launched_by
-from finetune.launch.preflight import settle
+from finetune.launch.preflight import resolve
 from finetune.launch.start import launch_verify
 from finetune.launch.strategy import Strategy
 from finetune.process.exit_status import REPORT_FILE
@@ -48,7 +48,7 @@ def verify_in_place(recipe_path: str, overrides: Sequence[str], full: bool, as_j
         ranks_asked, launch_file = launched_by()
         strategy = from_environment(os.environ, launch_file)
         check_ranks_asked_for(strategy, ranks_asked)
-        settled = settle(loaded, strategy)
+        settled = resolve(loaded, strategy)
         load_libraries(strategy.use_cpu)
         from finetune.training.verification import verification
 

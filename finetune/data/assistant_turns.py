@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from finetune.data.chat_template import ChatFormat, NotLocated
+from finetune.data.chat_template import ChatFormat, UnusableRow
 from finetune.data.messages import REASONING
 from finetune.data.sentinels import MARKS, PLANES, Marked, mark_all, spaced_edges
 
@@ -54,12 +54,12 @@ def render_turns(chat: ChatFormat, messages: Sequence[dict], tools: Sequence[dic
     _check_shown(chat, messages, tools)
     if not any(message.get("tool_calls") for message in messages):
         return _render_turns(chat, messages, partial(chat.render, tools=tools))
-    problem: NotLocated | None = None
+    problem: UnusableRow | None = None
     # templates disagree on how a call looks: no content or an empty one, arguments as object or as text
     for empty, as_text in ((None, False), ("", False), (None, True), ("", True)):
         try:
             return _render_turns(chat, messages, partial(_render_calls, chat, tools, empty, as_text))
-        except NotLocated as error:
+        except UnusableRow as error:
             problem = problem or error
     assert problem is not None
     raise problem
@@ -80,28 +80,28 @@ def _render_calls(
     for message in shown if not as_text else ():
         for call in message.get("tool_calls", ()):
             if (arguments := call["function"]["arguments"]) and str(arguments) in text and "'" in str(arguments):
-                raise NotLocated("the chat template writes the arguments of calls as Python, not as JSON")
+                raise UnusableRow("the chat template writes the arguments of calls as Python, not as JSON")
     return text
 
 
 def _check_shown(chat: ChatFormat, messages: Sequence[dict], tools: Sequence[dict] | None) -> None:
     template = chat.template
     if tools and "tools" not in template:
-        raise NotLocated("the chat template has no place for tools")
+        raise UnusableRow("the chat template has no place for tools")
     if any(message.get("tool_calls") for message in messages) and "tool_calls" not in template:
-        raise NotLocated("the chat template has no place for tool calls")
+        raise UnusableRow("the chat template has no place for tool calls")
     # transformers hands a thought to the template under every one of these names
     if not any(name in template for name in REASONING):
         thoughtful = next((name for message in messages for name in REASONING if message.get(name)), None)
         if thoughtful:
-            raise NotLocated(f"the chat template has no place for `{thoughtful}`")
+            raise UnusableRow(f"the chat template has no place for `{thoughtful}`")
 
 
 def _render_turns(chat: ChatFormat, messages: Sequence[dict], render: _Render) -> Rendered:
     text = render(messages)
     plane = next((p for p in PLANES if not MARKS[p].search(text)), None)
     if plane is None:
-        raise NotLocated("its text uses the private-use characters needed to find the assistant turns")
+        raise UnusableRow("its text uses the private-use characters needed to find the assistant turns")
     marked, marked_text = _mark_like(render, messages, text, plane)
     places = [(m.group(), m.start() - n) for n, m in enumerate(MARKS[plane].finditer(marked_text))]
     turns = _turns(chat, render, messages, marked, places, text)
@@ -123,7 +123,7 @@ def _mark_like(render: _Render, messages: Sequence[dict], text: str, plane: int)
         marked = mark_all(messages, outside, plane)
         try:
             rendered = render([entry.message for entry in marked])
-        except NotLocated:
+        except UnusableRow:
             return None
         return (marked, rendered) if MARKS[plane].sub("", rendered) == text else None
 
@@ -132,7 +132,7 @@ def _mark_like(render: _Render, messages: Sequence[dict], text: str, plane: int)
         return found
     found = attempt(set()) if edges else None
     if not found:
-        raise NotLocated("its assistant turns cannot be located in the chat template's rendering")
+        raise UnusableRow("its assistant turns cannot be located in the chat template's rendering")
     kept: set[tuple[int, int]] = set()
     for edge in edges if len(edges) > 1 else ():
         better = attempt(kept | {edge})
@@ -166,7 +166,7 @@ def _turns(
         turns.append(Turn(start, content_end if end is None else end, end is not None))
     for i, entry in enumerate(marked):
         if entry.calls and i not in by_turn:
-            raise NotLocated("the chat template does not show its tool calls")
+            raise UnusableRow("the chat template does not show its tool calls")
     return sorted(turns, key=lambda turn: turn.start)
 
 
@@ -175,11 +175,11 @@ def _check_order(entry: Marked, found: list[str]) -> None:
     content = [ord(mark) for mark in found if mark not in entry.calls]
     known = all(mark in entry.opens or mark in entry.closes or mark in entry.calls for mark in found)
     if not known or len(set(found)) != len(found) or content != sorted(content):
-        raise NotLocated("the chat template repeats or reorders parts of an assistant turn")
+        raise UnusableRow("the chat template repeats or reorders parts of an assistant turn")
     if entry.calls and not entry.calls & set(found):
-        raise NotLocated("the chat template does not show its tool calls")
+        raise UnusableRow("the chat template does not show its tool calls")
     if not entry.calls and (found[0] not in entry.opens or found[-1] not in entry.closes):
-        raise NotLocated("the chat template repeats or reorders parts of an assistant turn")
+        raise UnusableRow("the chat template repeats or reorders parts of an assistant turn")
 
 
 def _begin(
@@ -202,7 +202,7 @@ def _begin(
     plain = render([*messages[:i], {"role": "assistant", "content": chr(PLANES[0])}])
     start = len(os.path.commonprefix([text, plain]))  # noqa: RUF071 - characters are what is compared
     if not low <= start <= place:
-        raise NotLocated("the beginning of a tool call cannot be located in the chat template's rendering")
+        raise UnusableRow("the beginning of a tool call cannot be located in the chat template's rendering")
     return start
 
 

@@ -22,7 +22,7 @@ _PAIR_TEMPLATE = (
 )
 
 
-class NotLocated(Exception):
+class UnusableRow(Exception):
     """A conversation that cannot become a training row, with the reason as text. The row counts as dropped."""
 
 
@@ -81,7 +81,7 @@ def missing_end(chat: ChatFormat) -> str | None:
     answer = "\U000f0000"
     try:
         text = chat.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}])
-    except NotLocated:
+    except UnusableRow:
         return None
     after = text.rpartition(answer)[2]
     if any(pattern.search(after) for pattern in chat.end_patterns):
@@ -103,7 +103,7 @@ def _render(
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except (jinja2.exceptions.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise NotLocated(f"the chat template refuses it: {' '.join(str(error).split())[:160]}") from error
+        raise UnusableRow(f"the chat template refuses it: {' '.join(str(error).split())[:160]}") from error
 
 
 def _header(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
@@ -111,7 +111,7 @@ def _header(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     try:
         plain = _render(tokenizer, template, question)
         asked = _render(tokenizer, template, question, ask=True)
-    except NotLocated:
+    except UnusableRow:
         return ""
     # Phi-3's closes what it does not leave open with eos
     plain = plain if asked.startswith(plain) else plain.removesuffix(tokenizer.eos_token or "")

@@ -9,25 +9,25 @@ from finetune.data.chat_template import ChatFormat, chat_format, missing_end, pa
 from finetune.data.sources import Source
 from finetune.data.tokenization import text_prefix
 from finetune.errors import UserError
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def chat_formats(
-    loaded: Loaded, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]
+    loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]
 ) -> dict[str, ChatFormat]:
     """The chat format of each kind of source that needs one ("chat", "pair").
 
     Raises UserError where tokenizer, sources and data.loss_on do not fit.
     """
-    model = f"{loaded.where('model.name_or_path')}: model.name_or_path"
+    model = f"{loaded.location('model.name_or_path')}: model.name_or_path"
     of_kind = {source.kind: source for source in reversed(sources)}
     loss_on = loaded.recipe.data.loss_on
     if set(of_kind) == {"text"} and loaded.is_set("data.loss_on") and loss_on != "all":
         raise UserError(
-            f"{loaded.where('data.loss_on')}: data.loss_on is '{loss_on}', but {of_kind['text'].name} "
+            f"{loaded.location('data.loss_on')}: data.loss_on is '{loss_on}', but {of_kind['text'].name} "
             f"({of_kind['text'].setting}) is plain text, which has no assistant turns. Use data.loss_on: all."
         )
     if of_kind.keys() - {"chat"} and tokenizer.eos_token_id is None:
@@ -50,7 +50,7 @@ def chat_formats(
     return formats
 
 
-def _format(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, source: Source, model: str) -> ChatFormat:
+def _format(loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase, source: Source, model: str) -> ChatFormat:
     if tokenizer.chat_template:
         return chat_format(tokenizer)
     if source.kind == "pair":
@@ -61,7 +61,7 @@ def _format(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, source: Source, 
     )
 
 
-def count_problems(loaded: Loaded, summary: Mapping[str, Any]) -> list[str]:
+def count_problems(loaded: LoadedRecipe, summary: Mapping[str, Any]) -> list[str]:
     """What is wrong with the rows that came out (too many dropped, none left), each a sentence with file and line."""
     data = loaded.recipe.data
     problems = []
@@ -69,7 +69,7 @@ def count_problems(loaded: Loaded, summary: Mapping[str, Any]) -> list[str]:
         if part is None:
             continue
         key = "data.eval_fraction" if name == "eval" and data.eval_fraction else f"data.{name}"
-        setting = f"{loaded.where(key)}: {key}"
+        setting = f"{loaded.location(key)}: {key}"
         total = part["source_rows"]
         if part["dropped"] > data.max_dropped_fraction * total:
             reasons = "; ".join(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from finetune.data.token_cache import IGNORED, Row
+from finetune.data.token_cache import IGNORED, TokenRow
 
 
-def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[TokenRow], pad_token_id: int) -> dict[str, torch.Tensor]:
     """One micro-batch: `input_ids`, `attention_mask`, `labels`, int64, shape (rows, tokens), padded on the right.
 
     The padding is masked by length, never by token id: where pad equals eos the end of a turn is still learned.

@@ -38,7 +38,7 @@ class SourceRow:
 
 
 @dataclass(frozen=True)
-class Shape:
+class SourceFormat:
     """The format of a source: `columns` maps our column names to the source's, `unused` are those nothing reads.
 
     `kind` is "chat" (goes through the chat template), "pair" (prompt and completion as plain strings: through the
@@ -52,7 +52,7 @@ class Shape:
     system: str | None = None
 
 
-def recognise(where: str, record: dict, wanted: str, mapping: Mapping[str, str], system: str | None) -> Shape:
+def recognise(where: str, record: dict, wanted: str, mapping: Mapping[str, str], system: str | None) -> SourceFormat:
     """The shape of a source from its first row; `wanted` is a format or "auto", `mapping` {our column: theirs}.
 
     Raises UserError when the columns fit no format, or not the wanted one.
@@ -71,7 +71,7 @@ def recognise(where: str, record: dict, wanted: str, mapping: Mapping[str, str],
     kind = {"text": "text", "prompt_completion": "pair"}.get(name, "chat")
     if kind == "pair" and not all(isinstance(record[columns[ours]], str) for ours in needed):
         kind = "chat"
-    return Shape(name, kind, columns, unused, system)
+    return SourceFormat(name, kind, columns, unused, system)
 
 
 def _theirs(ours: str, record: Mapping, mapping: Mapping[str, str]) -> str | None:
@@ -95,7 +95,7 @@ def _no_format(where: str, record: dict, wanted: str) -> str:
     return f"{found} Needed: {_NEEDED}. Name other columns in the source with `{example}`."
 
 
-def to_row(where: str, record: dict, shape: Shape) -> SourceRow:
+def to_row(where: str, record: dict, shape: SourceFormat) -> SourceRow:
     """One record in a known shape. Raises UserError with `where` when it does not fit."""
     needed, more = FORMATS[shape.format]
     values = {}
@@ -118,11 +118,11 @@ def to_row(where: str, record: dict, shape: Shape) -> SourceRow:
     return SourceRow(where, messages=tuple(messages), tools=tools)
 
 
-def _conversation(column: str) -> Callable[[str, Shape, dict], list[dict]]:
+def _conversation(column: str) -> Callable[[str, SourceFormat, dict], list[dict]]:
     return lambda where, shape, values: as_messages(where, shape.columns[column], values[column])
 
 
-def _alpaca(where: str, shape: Shape, values: dict) -> list[dict]:
+def _alpaca(where: str, shape: SourceFormat, values: dict) -> list[dict]:
     instruction = _string(where, shape, "instruction", values["instruction"])
     extra = _string(where, shape, "input", values["input"], optional=True)
     question = f"{instruction}\n{extra}" if extra else instruction
@@ -136,7 +136,7 @@ def _alpaca(where: str, shape: Shape, values: dict) -> list[dict]:
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _prompt_completion(where: str, shape: Shape, values: dict) -> list[dict]:
+def _prompt_completion(where: str, shape: SourceFormat, values: dict) -> list[dict]:
     if shape.kind == "pair":
         asked, answer = (_string(where, shape, name, values[name]) for name in ("prompt", "completion"))
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
@@ -144,7 +144,7 @@ def _prompt_completion(where: str, shape: Shape, values: dict) -> list[dict]:
     return prompt + as_messages(where, shape.columns["completion"], _listened(values["completion"], "assistant"))
 
 
-def _preference(where: str, shape: Shape, values: dict) -> list[dict]:
+def _preference(where: str, shape: SourceFormat, values: dict) -> list[dict]:
     """The conversation with the preferred answer: what supervised fine-tuning learns from a preference pair."""
     chosen = as_messages(where, shape.columns["chosen"], _listened(values["chosen"], "assistant"))
     before = next((name for name in ("messages", "conversations", "prompt") if values[name] is not None), None)
@@ -167,7 +167,7 @@ def _listened(value: object, role: str) -> object:
     return [value] if isinstance(value, dict) else value
 
 
-def _string(where: str, shape: Shape, name: str, value: object, optional: bool = False) -> str:
+def _string(where: str, shape: SourceFormat, name: str, value: object, optional: bool = False) -> str:
     if optional and value is None:
         return ""
     column = shape.columns.get(name, name)
@@ -182,7 +182,7 @@ def listed(record: Mapping) -> str:
     return ", ".join(f"`{key}`" for key in list(record)[:12]) or "none"
 
 
-_READERS: dict[str, Callable[[str, Shape, dict], list[dict]]] = {
+_READERS: dict[str, Callable[[str, SourceFormat, dict], list[dict]]] = {
     "messages": _conversation("messages"),
     "sharegpt": _conversation("conversations"),
     "alpaca": _alpaca,

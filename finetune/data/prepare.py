@@ -23,7 +23,7 @@ from finetune.data.sources import Source, first_rows, open_sources
 from finetune.data.token_cache import RowWriter, TokenRows, get_or_build, read_summary
 from finetune.data.tokenization import Dropped, Encoded, encode_chat, encode_text
 from finetune.errors import UserError
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,9 @@ class PreparedData(Generic[TrainRows]):
     summary: dict[str, Any]
 
 
-def prepare(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> PreparedData[TokenRows]:
+def prepare(
+    loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> PreparedData[TokenRows]:
     """Tokenise the recipe's data, or open what an earlier run with the same content left in the cache.
 
     Every process may call it at once, with or without a process group: the first of a node tokenises under a file
@@ -66,7 +68,7 @@ def prepare(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, say: Callable[[s
 
 
 def tokenise(
-    loaded: Loaded, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+    loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
 ) -> tuple[PreparedData[TokenRows] | None, list[str]]:
     """`prepare` that returns the problems instead of raising them: (the data, the problems).
 
@@ -122,7 +124,7 @@ def weighted_rows(rows: Sequence[int], weights: Sequence[float], seed: int) -> n
 
 
 def _cache_key(
-    loaded: Loaded, tokenizer: PreTrainedTokenizerBase, train: Sequence[Source], evaluation: Sequence[Source]
+    loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase, train: Sequence[Source], evaluation: Sequence[Source]
 ) -> str:
     data = loaded.recipe.data
     if tokenizer.is_fast:
@@ -165,7 +167,7 @@ def held_out_keys(keys: Iterable[bytes], fraction: float, seed: int) -> set[byte
 
 
 def _build(
-    loaded: Loaded,
+    loaded: LoadedRecipe,
     tokenizer: PreTrainedTokenizerBase,
     formats: dict[str, ChatFormat],
     train: Sequence[Source],

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from finetune.data.chat_template import NotLocated
+from finetune.data.chat_template import UnusableRow
 from finetune.data.messages import REASONING
 
 # Templates look for tags such as </think> or [TOOL_CALLS] inside contents and cut there, so tags are never marked.
@@ -51,7 +51,7 @@ def mark_all(messages: Sequence[dict], outside: set[tuple[int, int]], plane: int
     def next_mark() -> str:
         number = next(numbers, None)
         if number is None:
-            raise NotLocated("it has too many tags to find the assistant turns")
+            raise UnusableRow("it has too many tags to find the assistant turns")
         return chr(number)
 
     result = []

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.files import Record, content_hash, expand, read_files
-from finetune.data.formats import Shape, SourceRow, recognise, to_row
+from finetune.data.formats import SourceFormat, SourceRow, recognise, to_row
 from finetune.errors import UserError
 from finetune.recipe.fields import SourceSection
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Source:
 
     name: str
     setting: str
-    shape: Shape
+    shape: SourceFormat
     identity: str
     weight: float
     local: bool
@@ -45,14 +45,14 @@ class Source:
         return self.shape.kind
 
 
-def open_sources(loaded: Loaded, part: str) -> list[Source]:
+def open_sources(loaded: LoadedRecipe, part: str) -> list[Source]:
     """The sources of data.train or data.eval (`part`). Raises UserError, here or while reading."""
     sections = getattr(loaded.recipe.data, part) or []
     sources = []
     for i, section in enumerate(sections):
         key = f"data.{part}[{i}]"
         streaming = loaded.recipe.data.streaming and part == "train"
-        sources.append(open_source(section, f"{loaded.where(f'{key}.path')}: data.{part}", streaming))
+        sources.append(open_source(section, f"{loaded.location(f'{key}.path')}: data.{part}", streaming))
     return sources
 
 
@@ -84,7 +84,7 @@ def open_source(section: SourceSection, setting: str, streaming: bool = False) -
     return Source(name, setting, shape, identity, section.weight, os.path.isabs(path), partial(_rows, records, shape))
 
 
-def _rows(records: Callable[[], Iterator[Record]], shape: Shape) -> Iterator[SourceRow]:
+def _rows(records: Callable[[], Iterator[Record]], shape: SourceFormat) -> Iterator[SourceRow]:
     return (to_row(where, record, shape) for where, record in records())
 
 

@@ -23,11 +23,11 @@ from finetune.data.formats import SourceRow
 from finetune.data.parallel import BATCH_ROWS
 from finetune.data.prepare import PreparedData, prepare
 from finetune.data.sources import Source, open_sources
-from finetune.data.token_cache import IGNORED, Row, get_or_build
+from finetune.data.token_cache import IGNORED, TokenRow, get_or_build
 from finetune.data.tokenization import Dropped, Encoded, chat_batch, document_batch, join_blocks, text_prefix
 from finetune.errors import UserError
 from finetune.recipe.fields import DataSection
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 from finetune.report.text import count
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ class StreamRows:
 
     def __init__(self, samples: Callable[[], Iterator[Encoded]], max_length: int, fingerprint: str):
         self._start, self._samples = samples, samples()
-        self._kept: dict[int, Row] = {}
+        self._kept: dict[int, TokenRow] = {}
         self._next = 0
         self.lengths = np.array([max_length], np.int64)
         self.fingerprint = fingerprint
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TokenRow:
         """Row `index` of the stream. Raises UserError where the source cannot be read on."""
         if index < self._next and index not in self._kept:
             self._samples, self._next = self._start(), 0
@@ -60,14 +60,14 @@ class StreamRows:
         while self._next <= index:
             sample = next(self._samples)
             labels = np.where(sample.trained, sample.input_ids, np.int32(IGNORED))
-            self._kept[self._next] = Row(sample.input_ids, labels)
+            self._kept[self._next] = TokenRow(sample.input_ids, labels)
             self._kept.pop(self._next - _KEPT_ROWS, None)
             self._next += 1
         return self._kept[index]
 
 
 def open_stream(
-    loaded: Loaded, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+    loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
 ) -> PreparedData[StreamRows]:
     """`prepare` for data.streaming: evaluation rows are prepared as ever, training rows come while training.
 
@@ -102,7 +102,7 @@ def _read_through(source: Source, say: Callable[[str], None]) -> None:
 
 
 def mixed(
-    tokenizer: PreTrainedTokenizerBase, formats: dict[str, ChatFormat], loaded: Loaded, sources: Sequence[Source]
+    tokenizer: PreTrainedTokenizerBase, formats: dict[str, ChatFormat], loaded: LoadedRecipe, sources: Sequence[Source]
 ) -> Iterator[Encoded]:
     """Samples of all sources, endless, in proportion to their weights: each time from the one most behind its share."""
     seed = loaded.recipe.training.seed
@@ -117,7 +117,11 @@ def mixed(
 
 
 def _endless(
-    tokenizer: PreTrainedTokenizerBase, formats: dict[str, ChatFormat], loaded: Loaded, source: Source, seed: list[int]
+    tokenizer: PreTrainedTokenizerBase,
+    formats: dict[str, ChatFormat],
+    loaded: LoadedRecipe,
+    source: Source,
+    seed: list[int],
 ) -> Iterator[Encoded]:
     data, passes, seen, dropped = loaded.recipe.data, 0, 0, 0
     example: Dropped | None = None

@@ -21,7 +21,7 @@ _ARRAYS = {"tokens": np.int32, "mask": np.bool_, "ends": np.int64, "trained": np
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """One sample: `input_ids` and `labels`, int32 of shape (tokens,). -100 is not trained; the first label is -100."""
 
     input_ids: np.ndarray
@@ -56,12 +56,12 @@ class TokenRows:
         """Numbers of rows that together hold every stored row once, whatever the weights."""
         return np.unique(self._index, return_index=True)[1]
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> TokenRow:
         """Row `index` (0 <= index < len)."""
         stored = self._index[index]
         start, end = self._offsets[stored], self._offsets[stored + 1]
         input_ids = np.array(self._tokens[start:end])
-        return Row(input_ids, np.where(self._mask[start:end], input_ids, np.int32(IGNORED)))
+        return TokenRow(input_ids, np.where(self._mask[start:end], input_ids, np.int32(IGNORED)))
 
 
 class RowWriter:

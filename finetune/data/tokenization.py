@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from finetune.data.assistant_turns import Rendered, Turn, render_turns
-from finetune.data.chat_template import ChatFormat, NotLocated
+from finetune.data.chat_template import ChatFormat, UnusableRow
 from finetune.data.formats import SourceRow
 from finetune.data.parallel import map_batches
 
@@ -81,12 +81,12 @@ def _render(chat: ChatFormat, row: SourceRow, loss_on: str) -> Rendered | Droppe
         return Dropped(row.where, "it has no assistant turn")
     try:
         rendered = render_turns(chat, messages, row.tools)
-    except NotLocated as error:
+    except UnusableRow as error:
         # with every token trained, a template that changes plain contents beyond recognition does no harm
         if loss_on == "all" and not row.tools and all(set(message) == {"role", "content"} for message in messages):
             try:
                 return Rendered(chat.render(messages, row.tools), ())
-            except NotLocated as refused:
+            except UnusableRow as refused:
                 return Dropped(row.where, str(refused))
         return Dropped(row.where, str(error))
     return Rendered(rendered.text, rendered.turns[-1:]) if loss_on == "completion" else rendered

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from finetune.launch.strategy import Strategy
 from finetune.recipe.fields import Recipe
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.rules import RECIPE_ROWS, Incompatible, value_of
 
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
@@ -82,18 +82,18 @@ def met(recipe: Recipe, strategy: Strategy) -> list[Incompatible]:
     return [row for row in ROWS if row.holds(recipe, strategy)]
 
 
-def refusals(loaded: Loaded, strategy: Strategy) -> list[str]:
+def refusals(loaded: LoadedRecipe, strategy: Strategy) -> list[str]:
     """A sentence for every row that is met."""
     return [_sentence(row, loaded, strategy) for row in met(loaded.recipe, strategy)]
 
 
-def _sentence(row: Incompatible, loaded: Loaded, strategy: Strategy) -> str:
+def _sentence(row: Incompatible, loaded: LoadedRecipe, strategy: Strategy) -> str:
     if row.key is None:
         return f"{strategy.source}: {row.launch}: {row.reason}. {row.instead.capitalize()}."
     value = value_of(loaded.recipe, row.key)
     return (
-        f"{loaded.where(row.key)}: {row.key} is {value}, which is not supported with {row.launch} ({strategy.source}):"
-        f" {row.reason}. {row.instead[0].upper()}{row.instead[1:]}."
+        f"{loaded.location(row.key)}: {row.key} is {value}, which is not supported with {row.launch}"
+        f" ({strategy.source}): {row.reason}. {row.instead[0].upper()}{row.instead[1:]}."
     )
 
 

@@ -15,7 +15,7 @@ from finetune.errors import UserError
 from finetune.launch import compatibility
 from finetune.launch.config_file import read_launch_file
 from finetune.launch.strategy import Strategy, one_process
-from finetune.recipe.load import Loaded, load_recipe
+from finetune.recipe.load import LoadedRecipe, load_recipe
 from finetune.report.text import count
 
 T = TypeVar("T")
@@ -23,26 +23,26 @@ MANY_MICRO_BATCHES = 16  # K above this without clipping is warned about
 
 
 @dataclass(frozen=True)
-class Settled:
+class Resolved:
     """A recipe and a strategy that are compatible, with every batch number known."""
 
-    loaded: Loaded
+    loaded: LoadedRecipe
     strategy: Strategy
     batch: BatchPlan
     max_grad_norm: float
 
 
-def first_stage(recipe_path: str, overrides: Sequence[str], launch_file: str | None) -> Settled:
+def first_stage(recipe_path: str, overrides: Sequence[str], launch_file: str | None) -> Resolved:
     """Read recipe and launch file (None: one process) and resolve them. Raises UserError with all problems of both."""
     problems: list[str] = []
     loaded = collect(problems, lambda: load_recipe(recipe_path, overrides))
     strategy = collect(problems, lambda: read_launch_file(launch_file) if launch_file else one_process())
     if loaded is None or strategy is None:
         raise UserError(problems)
-    return settle(loaded, strategy)
+    return resolve(loaded, strategy)
 
 
-def settle(loaded: Loaded, strategy: Strategy) -> Settled:
+def resolve(loaded: LoadedRecipe, strategy: Strategy) -> Resolved:
     """Check recipe and strategy together and derive the batch. Raises UserError with every problem."""
     problems = compatibility.refusals(loaded, strategy) + _trackers_not_installed(loaded)
     planned = collect(problems, lambda: plan_batch(loaded, strategy))
@@ -51,19 +51,20 @@ def settle(loaded: Loaded, strategy: Strategy) -> Settled:
     if problems or planned is None:
         raise UserError(problems)
     batch, max_grad_norm = planned
-    return Settled(loaded, strategy, batch, max_grad_norm)
+    return Resolved(loaded, strategy, batch, max_grad_norm)
 
 
-def _trackers_not_installed(loaded: Loaded) -> list[str]:
+def _trackers_not_installed(loaded: LoadedRecipe) -> list[str]:
     key = "logging.report_to"
     return [
-        f"{loaded.where(key)}: {key} names {name}, which is not installed here. `pip install {name}`, or leave it out."
+        f"{loaded.location(key)}: {key} names {name}, which is not installed here. `pip install {name}`, or leave it"
+        " out."
         for name in loaded.recipe.logging.report_to
         if importlib.util.find_spec(name) is None
     ]
 
 
-def _too_few_to_measure(loaded: Loaded, batch: BatchPlan) -> list[str]:
+def _too_few_to_measure(loaded: LoadedRecipe, batch: BatchPlan) -> list[str]:
     """The problem, if any, that an adaptive batch's smallest window has fewer than two micro-batches with rows.
 
     The gradient noise is what the micro-batches of a window differ by.
@@ -78,26 +79,26 @@ def _too_few_to_measure(loaded: Loaded, batch: BatchPlan) -> list[str]:
     enough = 2.0 ** math.ceil(math.log2((batch.per_device_rows + 1) / batch.global_batch_rows))
     change = f"Use smallest {enough:g}, or a smaller micro-batch." if enough <= 1 else "Use a smaller micro-batch."
     return [
-        f"{loaded.where(key)}: {key} is {accumulation.smallest:g}, so the smallest batch is {count(smallest, 'row')},"
-        f" one micro-batch of {batch.per_device_rows}. The gradient noise is measured between the micro-batches of a"
-        f" window: at least two must have rows. {change}"
+        f"{loaded.location(key)}: {key} is {accumulation.smallest:g}, so the smallest batch is"
+        f" {count(smallest, 'row')}, one micro-batch of {batch.per_device_rows}. The gradient noise is measured between"
+        f" the micro-batches of a window: at least two must have rows. {change}"
     ]
 
 
-def _smallest_window(loaded: Loaded, batch: BatchPlan) -> int:
+def _smallest_window(loaded: LoadedRecipe, batch: BatchPlan) -> int:
     recipe = loaded.recipe
     schedule = batch_schedule(recipe.accumulation, batch.global_batch_rows, recipe.training.num_train_epochs)
     return schedule.rows(0.0, schedule.least_doublings)
 
 
-def fewest_rows(settled: Settled) -> float:
+def fewest_rows(settled: Resolved) -> float:
     """A micro-batch must have fewer rows than this: an adaptive batch needs two of them in its smallest window."""
     if settled.loaded.recipe.accumulation.schedule != "adaptive":
         return math.inf
     return _smallest_window(settled.loaded, settled.batch)
 
 
-def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
+def learning_rate_line(loaded: LoadedRecipe, batch: BatchPlan) -> str:
     """The peak learning rate at the full global batch, and how it comes about."""
     training = loaded.recipe.training
     line = lr_scaling(training).line(training.learning_rate, batch.global_batch_rows)
@@ -105,20 +106,20 @@ def learning_rate_line(loaded: Loaded, batch: BatchPlan) -> str:
     return line + (" (and with the batch from step to step)" if smaller else "")
 
 
-def batch_line(loaded: Loaded, batch: BatchPlan) -> str:
+def batch_line(loaded: LoadedRecipe, batch: BatchPlan) -> str:
     """The global batch and its factors, and how the schedule changes them over the run."""
     epochs = loaded.recipe.training.num_train_epochs
     schedule = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, epochs)
     return batch.line() + (f"; {batch.stages_line(schedule)}" if schedule.varies or schedule.adapts else "")
 
 
-def advice(loaded: Loaded, batch: BatchPlan, max_grad_norm: float) -> list[str]:
+def advice(loaded: LoadedRecipe, batch: BatchPlan, max_grad_norm: float) -> list[str]:
     """Warnings, one line each, about settings that run but are risky."""
     if batch.open or batch.accumulation_steps <= MANY_MICRO_BATCHES or max_grad_norm > 0:
         return []
     key = "training.max_grad_norm"
     return [
-        f"warning: {loaded.where(key)}: {key} is 0, so nothing clips the gradient of K={batch.accumulation_steps}"
+        f"warning: {loaded.location(key)}: {key} is 0, so nothing clips the gradient of K={batch.accumulation_steps}"
         " micro-batches: a single outlier can cause an arbitrarily large update. Set 1.0 unless this is intended."
     ]
 
@@ -132,15 +133,15 @@ def collect(problems: list[str], read: Callable[[], T]) -> T | None:
         return None
 
 
-def plan_batch(loaded: Loaded, strategy: Strategy) -> tuple[BatchPlan, float]:
+def plan_batch(loaded: LoadedRecipe, strategy: Strategy) -> tuple[BatchPlan, float]:
     """(batch, max_grad_norm) of a recipe under a launch. Raises UserError where the numbers contradict each other."""
     steps, max_grad_norm = merge_knobs(loaded, strategy)
     training = loaded.recipe.training
     global_batch, per_device = training.global_batch_size, training.per_device_train_batch_size
-    return derive_batch(global_batch, per_device, steps, strategy.data_ranks, loaded.where), max_grad_norm
+    return derive_batch(global_batch, per_device, steps, strategy.data_ranks, loaded.location), max_grad_norm
 
 
-def merge_knobs(loaded: Loaded, strategy: Strategy) -> tuple[int | Literal["auto"], float]:
+def merge_knobs(loaded: LoadedRecipe, strategy: Strategy) -> tuple[int | Literal["auto"], float]:
     """(gradient_accumulation_steps, max_grad_norm) after the one-owner rule.
 
     The launch configuration fills what the recipe leaves open (`auto`, or a max_grad_norm it does not give). Raises
@@ -161,8 +162,9 @@ def merge_knobs(loaded: Loaded, strategy: Strategy) -> tuple[int | Literal["auto
             ours[key] = value
         elif ours[key] != value:
             problems.append(
-                f"{loaded.where(full)}: {full} is {ours[key]:g}, but the launch configuration ({strategy.source}) says"
-                f" {name} {value:g}. The recipe owns it: remove it from the launch configuration, or make them equal."
+                f"{loaded.location(full)}: {full} is {ours[key]:g}, but the launch configuration ({strategy.source})"
+                f" says {name} {value:g}. The recipe owns it: remove it from the launch configuration, or make them"
+                " equal."
             )
     if problems:
         raise UserError(problems)

@@ -26,7 +26,7 @@ from finetune.process.exit_status import REPORT_FILE
 from finetune.process.heartbeat import SHARED_FOLDER
 from finetune.process.host_memory import host_memory, kills_for_memory
 from finetune.process.parent_death import signal_on_parent_death
-from finetune.process.root_cause import End
+from finetune.process.root_cause import RankExit
 
 SAVING_SECONDS = 600  # how long torchrun waits for ranks that were asked to stop before it kills them
 
@@ -91,7 +91,7 @@ def _launch(
         kills = kills_for_memory()
         code = _run(command, environment, stdout)
         deaths = _deaths(Path(folder), code if launch_file is None else 0, kills_for_memory() > kills)
-        end = root_cause.first([*root_cause.left(Path(folder)), *deaths])
+        end = root_cause.root_cause([*root_cause.recorded(Path(folder)), *deaths])
     if end in deaths:
         print(file=sys.stderr)  # it may have left a progress bar in the middle of a line
     if end is not None:
@@ -101,14 +101,14 @@ def _launch(
         raise LaunchedRunFailed(code if code > 0 else 128 - code, message)
 
 
-def _deaths(folder: Path, status: int, for_memory: bool) -> list[End]:
+def _deaths(folder: Path, status: int, for_memory: bool) -> list[RankExit]:
     """How the ranks ended that recorded no end of their own.
 
     `status` is the exit status of the only process where there is no launcher, else 0. `for_memory` says that the
     kernel's out-of-memory killer has killed some process in the meantime.
     """
-    said = {end.rank for end in root_cause.left(folder)}
-    places = {place.rank: place for place in heartbeat.places(folder)}
+    said = {end.rank for end in root_cause.recorded(folder)}
+    statuses = {seen.rank: seen for seen in heartbeat.rank_statuses(folder)}
     died = [json.loads(file.read_text()) for file in folder.glob("died-*.json")]
     if status:
         died.append({"rank": 0, "pid": 0, "status": status, "time": time.time()})
@@ -117,7 +117,7 @@ def _deaths(folder: Path, status: int, for_memory: bool) -> list[End]:
         rank, status = death["rank"], death["status"]
         if rank in said:
             continue
-        name = places.get(rank) or f"rank {rank}"
+        name = statuses.get(rank) or f"rank {rank}"
         message = f"{name}: exited with status {status} and printed no error"
         if status < 0:
             message = f"{name}: killed by {_signal_name(-status)}"
@@ -126,7 +126,7 @@ def _deaths(folder: Path, status: int, for_memory: bool) -> list[End]:
             why = "probably" if for_memory else "possibly"
             message += f", {why} by the out-of-memory killer (host memory limit: {host_memory()})"
         code = status if status > 0 else 128 - status
-        found.append(End(rank, death["pid"], death["time"], code, message + ".", alone=True))
+        found.append(RankExit(rank, death["pid"], death["time"], code, message + ".", alone=True))
     return found
 
 
@@ -149,8 +149,8 @@ def _run(command: list[str], environment: dict[str, str], stdout: int | None) ->
     )
 
     def ranks() -> list[int]:
-        places = heartbeat.places(Path(environment[SHARED_FOLDER]))
-        return [place.pid for place in places if root_cause.is_running(place.pid)]
+        statuses = heartbeat.rank_statuses(Path(environment[SHARED_FOLDER]))
+        return [status.pid for status in statuses if root_cause.is_running(status.pid)]
 
     def forward(number: int, frame: object) -> None:
         pids = ranks()

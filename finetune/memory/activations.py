@@ -10,7 +10,7 @@ from finetune.memory.trace import MicroBatchShape, Precision, Profile
 from finetune.model.facts import ModelFacts
 from finetune.model.outline import outline, weights_of_outline
 from finetune.model.parameters import DTYPE_BYTES, Weights
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -81,7 +81,9 @@ def cast_bytes(weights: Weights) -> float:
     return 2.0 * (layers + max((w.elements for w in weights.all if w.trained and w.layer is None), default=0))
 
 
-def profile_by_formula(loaded: Loaded, facts: ModelFacts, shape: MicroBatchShape, precision: Precision) -> Profile:
+def profile_by_formula(
+    loaded: LoadedRecipe, facts: ModelFacts, shape: MicroBatchShape, precision: Precision
+) -> Profile:
     """What `trace.profile` would say, by formula. Raises UserError where not even the model's outline can be built."""
     key = "model.name_or_path"
     try:
@@ -92,7 +94,7 @@ def profile_by_formula(loaded: Loaded, facts: ModelFacts, shape: MicroBatchShape
         raise
     except Exception as error:
         raise UserError(
-            f"{loaded.where(key)}: {key} is {loaded.recipe.model.name_or_path}, whose memory cannot be estimated:"
+            f"{loaded.location(key)}: {key} is {loaded.recipe.model.name_or_path}, whose memory cannot be estimated:"
             f" {facts.architecture} cannot be built from its config without weights ({reason(error)}). Give a model of"
             " a class that transformers has."
         ) from error

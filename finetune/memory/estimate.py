@@ -1,5 +1,4 @@
-"""What a recipe takes under a launch, before a weight is read: one rank's bytes by place, by part of the run and by
-item.
+"""What a recipe takes under a launch: one rank's bytes by place, by part of the run and by item.
 
 Activations, losses and one process's whole step are traced (trace.py); what engines shard, offload and buffer is
 arithmetic (formulas.py, zero/). Where a model cannot be traced, formulas with a wide range stand in, and `traced`
@@ -23,13 +22,12 @@ from finetune.memory.zero.stages import resident_sharded
 from finetune.model.facts import ModelFacts
 from finetune.model.outline import outlined
 from finetune.model.parameters import Weights
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 Items = Mapping[str, float]
 DYNAMIC = ("activations", "logits and loss")  # what no engine shards
-# Beside what tensors take. No GPU has measured the device's yet: NVIDIA's context and library workspaces take a few
-# hundred MiB, the caching allocator keeps blocks it cannot reuse. The host's is what a trainer's imports alone take on
-# Linux (docs/benchmarks/memory.md).
+# Beside tensors. No GPU has measured the device's yet: NVIDIA's context and workspaces take a few hundred MiB, and the
+# caching allocator keeps blocks it cannot reuse. The host's: a trainer's imports on Linux (docs/benchmarks/memory.md).
 DEVICE_CONTEXT_BYTES = 0.6 * 2**30
 FRAGMENTED_SHARE = 0.05
 HOST_LIBRARIES_BYTES = 0.5 * 2**30
@@ -102,7 +100,12 @@ class Estimate:
 
 
 def estimate(
-    loaded: Loaded, facts: ModelFacts, strategy: Strategy, shape: MicroBatchShape, accumulation_steps: int, on_cpu: bool
+    loaded: LoadedRecipe,
+    facts: ModelFacts,
+    strategy: Strategy,
+    shape: MicroBatchShape,
+    accumulation_steps: int,
+    on_cpu: bool,
 ) -> Estimate:
     """The bytes of one rank that trains micro-batches of this shape, so many per optimizer step.
 
@@ -150,7 +153,7 @@ traces: dict[tuple, dict[int, Profile] | None] = {}  # by rows; None where the m
 
 
 def traced_once(
-    loaded: Loaded, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
+    loaded: LoadedRecipe, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
 ) -> Profile | None:
     """`profile`, which is a function of these alone; None where the model's own code does not run on fake tensors.
 
@@ -195,7 +198,7 @@ def traced_once(
 
 
 def _quietly_profiled(
-    loaded: Loaded, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
+    loaded: LoadedRecipe, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
 ) -> Profile:
     """Without the traceback that torch logs of an operation that refuses fake tensors."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -218,7 +221,7 @@ def _packed(weights: Weights) -> Weights:
     )
 
 
-def _resident(loaded: Loaded, strategy: Strategy, weights: Weights, on_cpu: bool, micro_batches: int) -> Resident:
+def _resident(loaded: LoadedRecipe, strategy: Strategy, weights: Weights, on_cpu: bool, micro_batches: int) -> Resident:
     optim = loaded.recipe.training.optim
     if strategy.engine == "deepspeed":
         return resident_sharded(
@@ -227,7 +230,7 @@ def _resident(loaded: Loaded, strategy: Strategy, weights: Weights, on_cpu: bool
     return formulas.resident_plain(weights, strategy.ranks, optim, on_cpu, micro_batches > 1)
 
 
-def _alone(seen: Profile, resident: Resident, loaded: Loaded) -> dict[str, dict[str, Items]]:
+def _alone(seen: Profile, resident: Resident, loaded: LoadedRecipe) -> dict[str, dict[str, Items]]:
     """One process: the traced parts as they are, but for what cannot be traced: packed weights and 8-bit states."""
     device: dict[str, Items] = {}
     for name, series in seen.series.items():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from finetune.batching.plan import BatchPlan
 from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.errors import UserError
-from finetune.launch.preflight import Settled, fewest_rows
+from finetune.launch.preflight import Resolved, fewest_rows
 from finetune.memory.estimate import HOST_LIBRARIES_BYTES, Estimate, estimate
 from finetune.memory.trace import MicroBatchShape
 from finetune.model.facts import ModelFacts
@@ -21,7 +21,7 @@ DEVICE_MARGIN, HOST_MARGIN = 0.05, 0.15  # of what the machine has, left free wh
 KEY = "training.device_memory"
 
 
-def budget_bytes(settled: Settled) -> tuple[float, str]:
+def budget_bytes(settled: Resolved) -> tuple[float, str]:
     """What a rank's step may take, and who says so. On a CPU-only run of the tensors alone, on a device with the
     driver's share.
     """
@@ -41,7 +41,7 @@ def needed_bytes(found: Estimate) -> float:
     return found.host.high / found.host.expected * found.step_bytes if found.on_cpu else found.device_needed.expected
 
 
-def micro_batches(settled: Settled) -> list[int]:
+def micro_batches(settled: Resolved) -> list[int]:
     """Rows per micro-batch that divide the global batch of this many ranks, smallest first."""
     return [rows for rows in settled.batch.micro_batches() if rows < fewest_rows(settled)]
 
@@ -59,7 +59,7 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
 
 
 def choose_micro_batch(
-    settled: Settled, facts: ModelFacts, longest_tokens: int, say: Callable[[str], None]
+    settled: Resolved, facts: ModelFacts, longest_tokens: int, say: Callable[[str], None]
 ) -> BatchPlan:
     """The batch with the largest micro-batch whose rows of at most `longest_tokens` fit; says what was chosen and what
     did not fit.
@@ -81,7 +81,7 @@ def choose_micro_batch(
     chosen = largest_that_fits(sizes, fits)
     if not chosen:
         raise UserError(
-            f"{loaded.where(KEY)}: not one row of {longest_tokens} tokens fits: it takes"
+            f"{loaded.location(KEY)}: not one row of {longest_tokens} tokens fits: it takes"
             f" {human_bytes(needs[sizes[0]])}, and there is {human_bytes(budget)} ({source}). `finetune plan` says what"
             " would fit."
         )

@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from finetune.launch import compatibility
-from finetune.launch.preflight import Settled
+from finetune.launch.preflight import Resolved
 from finetune.launch.strategy import Kind, Strategy, Target
 from finetune.memory.micro_batch import largest_that_fits, micro_batches, next_smaller
 from finetune.memory.verdict import Outcome, PlanInputs, Scenario, outcome
 from finetune.recipe.fields import LoraSection
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 from finetune.report.text import count
 
 # What accelerate_configs/ holds, by (engine, ZeRO stage, optimizer, parameters); tests/commands/test_plan.py reads the
@@ -63,7 +63,7 @@ def _with_rows(inputs: PlanInputs, scenario: Scenario, rows: int) -> Scenario:
     return dataclasses.replace(scenario, rows=rows, steps=inputs.settled.batch.rows_per_rank // rows)
 
 
-def table(settled: Settled) -> list[Scenario]:
+def table(settled: Resolved) -> list[Scenario]:
     """The strategies side by side: every weight trained until LoRA; activations recomputed, and K > 1, from "+
     checkpointing" on.
     """
@@ -89,7 +89,7 @@ def table(settled: Settled) -> list[Scenario]:
     ]
 
 
-def mitigations(settled: Settled) -> list[Scenario]:
+def mitigations(settled: Resolved) -> list[Scenario]:
     """The changes in their order, each with all that those before it changed. `rows` is the recipe's;
     `first_that_fits` finds each one's own.
 
@@ -133,13 +133,13 @@ def mitigations(settled: Settled) -> list[Scenario]:
     return found
 
 
-def fewer_activations(settled: Settled) -> str:
+def fewer_activations(settled: Resolved) -> str:
     """The first mitigation that leaves what is held as it is, in words; "" where none is left. Nothing is estimated."""
     found = [scenario for scenario in mitigations(settled) if scenario.name in (SMALLER, CHECKPOINTING)]
     return _in_words(settled, found[0]) if found else ""
 
 
-def less_to_hold(settled: Settled, on_host: bool) -> list[str]:
+def less_to_hold(settled: Resolved, on_host: bool) -> list[str]:
     """The mitigations, in words, that shrink what is held whatever the micro-batch: weights, gradients, optimizer
     states. On the host without offload, which takes host memory. Nothing is estimated.
     """
@@ -153,7 +153,7 @@ def less_to_hold(settled: Settled, on_host: bool) -> list[str]:
     ]
 
 
-def _in_words(settled: Settled, scenario: Scenario) -> str:
+def _in_words(settled: Resolved, scenario: Scenario) -> str:
     """What a mitigation changes, as an order; "" for those that only go further than the one before."""
     if scenario.name == SMALLER:
         smaller, training = next_smaller(settled.batch), settled.loaded.recipe.training
@@ -223,13 +223,13 @@ def sharded(strategy: Strategy, stage: int, optimizer: Target = "none", paramete
     )
 
 
-def recomputing(loaded: Loaded, on: bool) -> Loaded:
+def recomputing(loaded: LoadedRecipe, on: bool) -> LoadedRecipe:
     """The recipe with gradient checkpointing on or off."""
     training = loaded.recipe.training.model_copy(update={"gradient_checkpointing": on})
     return dataclasses.replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training}))
 
 
-def with_adapters(loaded: Loaded, lora: LoraSection | None, four_bits: bool = False) -> Loaded:
+def with_adapters(loaded: LoadedRecipe, lora: LoraSection | None, four_bits: bool = False) -> LoadedRecipe:
     """The recipe with these adapters, or with every weight trained."""
     model = loaded.recipe.model.model_copy(update={"load_in_4bit": four_bits})
     return dataclasses.replace(loaded, recipe=loaded.recipe.model_copy(update={"lora": lora, "model": model}))

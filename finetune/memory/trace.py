@@ -23,7 +23,7 @@ from finetune.model.facts import ModelFacts
 from finetune.model.outline import outline, outlined, repeated_layers
 from finetune.model.parameters import PRECISION_DTYPES, Weights
 from finetune.objectives.sft import SummedLoss
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 # of which the first or last has the peak: what is alive grows or shrinks by the same from layer to layer
 BETWEEN = "layers between"
@@ -101,7 +101,7 @@ def _most(alive: list[dict[str, int]]) -> int:
 
 
 def profile(
-    loaded: Loaded, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
+    loaded: LoadedRecipe, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
 ) -> Profile:
     """The peaks of a window of `micro_batches` micro-batches of this shape, for the whole model.
 
@@ -138,7 +138,7 @@ def continued(first: Series, second: Series, times: Fraction | int) -> Series:
 
 
 def trace(
-    loaded: Loaded,
+    loaded: LoadedRecipe,
     facts: ModelFacts,
     shape: MicroBatchShape,
     micro_batches: int,
@@ -206,7 +206,7 @@ def _window(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _optimizer(network: nn.Module, loaded: Loaded, precision: Precision) -> torch.optim.Optimizer:
+def _optimizer(network: nn.Module, loaded: LoadedRecipe, precision: Precision) -> torch.optim.Optimizer:
     """The recipe's optimizer, where torch has it; 8-bit ones keep their states elsewhere (formulas), and step in place
     as SGD does.
     """

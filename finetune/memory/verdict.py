@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from finetune.errors import UserError
 from finetune.launch import compatibility
-from finetune.launch.preflight import Settled
+from finetune.launch.preflight import Resolved
 from finetune.launch.strategy import Strategy
 from finetune.memory.estimate import HOST_LIBRARIES_BYTES, ByteRange, Estimate, estimate
 from finetune.memory.micro_batch import needed_bytes
 from finetune.memory.trace import MicroBatchShape
 from finetune.model.facts import ModelFacts
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 VERDICTS = ("fits", "probably", "unknown", "probably not", "no")  # of device and host the worse one decides
 
@@ -34,7 +34,7 @@ class Machine:
 class PlanInputs:
     """What all scenarios of a plan share."""
 
-    settled: Settled
+    settled: Resolved
     facts: ModelFacts
     tokens: int  # of the longest row
     machine: Machine
@@ -45,7 +45,7 @@ class Scenario:
     """One way of running: `rows` per micro-batch and `steps` (K) of them; `refused` says why not."""
 
     name: str
-    loaded: Loaded
+    loaded: LoadedRecipe
     strategy: Strategy
     rows: int
     steps: int

@@ -10,13 +10,13 @@ from torch import nn
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
 from finetune.model.parameters import PRECISION_DTYPES
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-def add_adapters(model: nn.Module, loaded: Loaded) -> nn.Module:
+def add_adapters(model: nn.Module, loaded: LoadedRecipe) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     lora, revision = loaded.recipe.lora, loaded.recipe.model.revision
@@ -34,7 +34,7 @@ def add_adapters(model: nn.Module, loaded: Loaded) -> nn.Module:
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(
-            f"{loaded.where('lora.target_modules')}: lora.target_modules is {lora.target_modules}, but"
+            f"{loaded.location('lora.target_modules')}: lora.target_modules is {lora.target_modules}, but"
             f" {type(model).__name__} has no such layers. Its linear layers: {', '.join(linear)}."
         ) from error
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from finetune.errors import UserError, reason
 from finetune.model.parameters import DTYPE_BYTES
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,7 +25,7 @@ class ModelFacts:
     export_dtype: str
 
 
-def read_facts(loaded: Loaded) -> ModelFacts:
+def read_facts(loaded: LoadedRecipe) -> ModelFacts:
     """Read the model's config. Raises UserError (with the recipe's line) when there is none to read, or none to
     train.
     """
@@ -35,7 +35,7 @@ def read_facts(loaded: Loaded) -> ModelFacts:
             config = read_config(loaded)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(not_loadable(loaded, "config.json", error)) from error
-    where = loaded.where("model.name_or_path")
+    where = loaded.location("model.name_or_path")
     if getattr(config, "quantization_config", None) and loaded.recipe.lora is None:
         raise UserError(
             f"{where}: the weights of {section.name_or_path} are quantised and cannot be trained themselves."
@@ -57,13 +57,13 @@ def read_facts(loaded: Loaded) -> ModelFacts:
     )
 
 
-def read_config(loaded: Loaded) -> PretrainedConfig:
+def read_config(loaded: LoadedRecipe) -> PretrainedConfig:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(loaded.recipe.model.name_or_path, **source_options(loaded))
 
 
-def source_options(loaded: Loaded) -> dict:
+def source_options(loaded: LoadedRecipe) -> dict:
     """What every from_pretrained call of a recipe says besides the name."""
     section = loaded.recipe.model
     # false said outright: left open, transformers asks on the terminal whether it may run the model's own code
@@ -81,15 +81,15 @@ def optional_packages() -> Iterator[None]:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def not_loadable(loaded: Loaded, what: str, error: Exception) -> str:
+def not_loadable(loaded: LoadedRecipe, what: str, error: Exception) -> str:
     name = loaded.recipe.model.name_or_path
     if "trust_remote_code" in str(error) and not loaded.recipe.model.trust_remote_code:
         return (
-            f"{loaded.where('model.name_or_path')}: model.name_or_path is {name}, which brings Python code of its own."
-            " Read that code, and if you trust its author set model.trust_remote_code: true."
+            f"{loaded.location('model.name_or_path')}: model.name_or_path is {name}, which brings Python code of its"
+            " own. Read that code, and if you trust its author set model.trust_remote_code: true."
         )
     return (
-        f"{loaded.where('model.name_or_path')}: model.name_or_path is {name}, but its {what} cannot be loaded:"
+        f"{loaded.location('model.name_or_path')}: model.name_or_path is {name}, but its {what} cannot be loaded:"
         f" {reason(error)} Give a folder written by save_pretrained, or the id of a model on the Hugging"
         " Face hub that you can reach (for gated models: `hf auth login`)."
     )

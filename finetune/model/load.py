@@ -13,10 +13,10 @@ from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
 from finetune.model.adapters import add_adapters, nf4_config, plain_4bit_layers
 from finetune.model.facts import ModelFacts, not_loadable, optional_packages, source_options
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 
-def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, device: torch.device) -> nn.Module:
+def load_model(loaded: LoadedRecipe, strategy: Strategy, model_facts: ModelFacts, device: torch.device) -> nn.Module:
     """The model with its trainable part in place, on the host (QLoRA: on `device`, where it is quantised; meta: shapes
     alone).
 
@@ -38,7 +38,7 @@ def load_model(loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, devi
     return made_ready(model, loaded, model_facts)
 
 
-def made_ready(model: nn.Module, loaded: Loaded, model_facts: ModelFacts) -> nn.Module:
+def made_ready(model: nn.Module, loaded: LoadedRecipe, model_facts: ModelFacts) -> nn.Module:
     """A base model with its adapters and recomputed activations, as the recipe says, in training mode."""
     lora = loaded.recipe.lora
     if lora is not None:
@@ -49,14 +49,14 @@ def made_ready(model: nn.Module, loaded: Loaded, model_facts: ModelFacts) -> nn.
             model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise UserError(
-                f"{loaded.where('training.gradient_checkpointing')}: training.gradient_checkpointing is true,"
+                f"{loaded.location('training.gradient_checkpointing')}: training.gradient_checkpointing is true,"
                 f" but {model_facts.architecture} has none. Set it to false."
             ) from error
     model.train()
     return model
 
 
-def _read_weights(loaded: Loaded, options: dict[str, Any]) -> nn.Module:
+def _read_weights(loaded: LoadedRecipe, options: dict[str, Any]) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     section = loaded.recipe.model
@@ -75,21 +75,21 @@ def _read_weights(loaded: Loaded, options: dict[str, Any]) -> nn.Module:
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if wrong:
         raise UserError(
-            f"{loaded.where('model.name_or_path')}: the checkpoint {section.name_or_path} lacks {len(wrong)} weights of"
-            f" {type(model).__name__}, or has them in another shape ({', '.join(wrong[:3])}); they would start at"
+            f"{loaded.location('model.name_or_path')}: the checkpoint {section.name_or_path} lacks {len(wrong)} weights"
+            f" of {type(model).__name__}, or has them in another shape ({', '.join(wrong[:3])}); they would start at"
             " random. Give a complete checkpoint of a causal language model."
         )
     return model
 
 
-def _not_built(loaded: Loaded, error: Exception) -> str:
+def _not_built(loaded: LoadedRecipe, error: Exception) -> str:
     section, key = loaded.recipe.model, "model.attn_implementation"
     if section.attn_implementation == "auto" or "attention" not in str(error).lower():
         return not_loadable(loaded, "weights", error)
     reason = " ".join(str(error).split())
     return (
-        f"{loaded.where(key)}: {key} is {section.attn_implementation}, which does not work for {section.name_or_path}"
-        f" here: {reason} Use auto, or install what it needs."
+        f"{loaded.location(key)}: {key} is {section.attn_implementation}, which does not work for"
+        f" {section.name_or_path} here: {reason} Use auto, or install what it needs."
     )
 
 

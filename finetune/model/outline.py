@@ -12,13 +12,13 @@ from finetune.launch.compatibility import FLASH
 from finetune.model.facts import ModelFacts, optional_packages, read_config
 from finetune.model.load import made_ready
 from finetune.model.parameters import Weight, Weights
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def outline(loaded: Loaded, model_facts: ModelFacts, layers: int | None = None) -> nn.Module:
+def outline(loaded: LoadedRecipe, model_facts: ModelFacts, layers: int | None = None) -> nn.Module:
     """What `load_model` would make, on the meta device: shapes and types, no weights, nothing quantised.
 
     `layers` builds so many of the repeated layers. Raises what a model's own code raises.
@@ -74,7 +74,7 @@ class Outline:
 _outlined: dict[tuple, Outline] = {}
 
 
-def outlined(loaded: Loaded, facts: ModelFacts) -> Outline:
+def outlined(loaded: LoadedRecipe, facts: ModelFacts) -> Outline:
     """The outline of a model, built once. Raises what a model's own code raises.
 
     Layers whose parameters are not those of the layer one period before (adapters on some of them only, some with
@@ -95,7 +95,7 @@ def outlined(loaded: Loaded, facts: ModelFacts) -> Outline:
     return _outlined[key]
 
 
-def weights_beforehand(loaded: Loaded, facts: ModelFacts) -> Weights | None:
+def weights_beforehand(loaded: LoadedRecipe, facts: ModelFacts) -> Weights | None:
     """The model's parameters before they are read; None where its own code cannot be built without them."""
     try:
         return outlined(loaded, facts).weights
@@ -103,7 +103,7 @@ def weights_beforehand(loaded: Loaded, facts: ModelFacts) -> Weights | None:
         return None
 
 
-def weights_of_outline(network: nn.Module, loaded: Loaded) -> Weights:
+def weights_of_outline(network: nn.Module, loaded: LoadedRecipe) -> Weights:
     """The parameters of an outline as the memory arithmetic sees them; with 4-bit weights, those that will be quantised
     are marked.
     """

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from finetune.errors import UserError
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 
-def shrink(loaded: Loaded, folder: Path, vocabulary: int) -> None:
+def shrink(loaded: LoadedRecipe, folder: Path, vocabulary: int) -> None:
     """Write a random-weight model of the recipe's class with two small layers to `folder`. The same on every rank."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
 from finetune.model.facts import ModelFacts, not_loadable, optional_packages, source_options
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 TURN_TEXT = "answer"
 
 
-def load_tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:
+def load_tokenizer(loaded: LoadedRecipe) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError when the folder or hub id has none."""
     from transformers import AutoTokenizer
 
@@ -54,7 +54,11 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def needed_vocabulary(
-    loaded: Loaded, strategy: Strategy, model_facts: ModelFacts, tokenizer: PreTrainedTokenizerBase, max_token_id: int
+    loaded: LoadedRecipe,
+    strategy: Strategy,
+    model_facts: ModelFacts,
+    tokenizer: PreTrainedTokenizerBase,
+    max_token_id: int,
 ) -> int:
     """Rows the embedding must have for the data's token ids, up to `max_token_id`: ids outside make it grow.
 
@@ -64,7 +68,7 @@ def needed_vocabulary(
     if max_token_id < rows:
         return rows
     found = (
-        f"{loaded.where('model.name_or_path')}: the tokenizer gives token id {max_token_id}"
+        f"{loaded.location('model.name_or_path')}: the tokenizer gives token id {max_token_id}"
         f" ({tokenizer.convert_ids_to_tokens(max_token_id)!r}), but the model's embedding ends at {rows - 1}"
     )
     if loaded.recipe.lora is not None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from finetune.errors import FinetuneError
 from finetune.process import heartbeat, root_cause
-from finetune.process.root_cause import End
+from finetune.process.root_cause import RankExit
 from finetune.report import redact
 
 # Environment variables: where the first to fail leaves its exit status and message, and where a launched command leaves
@@ -23,16 +23,16 @@ REPORT_FILE = "FINETUNE_REPORT_FILE"
 INTERRUPTED = 130  # Ctrl-C: the shell's own convention, 128 + SIGINT
 
 
-def guarded(body: Callable[[], None]) -> int:
+def run_guarded(body: Callable[[], None]) -> int:
     """Run `body` and return the exit status.
 
     An expected error prints its message as the last line; any other keeps its traceback.
     """
-    heartbeat.here()  # the launcher and the other ranks know this process from now on
+    heartbeat.own_status()  # the launcher and the other ranks know this process from now on
     try:
         body()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever ends a rank becomes its exit status
-        own, stands = settle(error)
+        own, stands = resolve(error)
         if stands.rank == own.rank:
             a_bug = not isinstance(error, (FinetuneError, KeyboardInterrupt)) and stands == own
             say(stands, "".join(traceback.format_exception(error)) if a_bug else "")
@@ -41,7 +41,7 @@ def guarded(body: Callable[[], None]) -> int:
     return 0
 
 
-def settle(error: BaseException) -> tuple[End, End]:
+def resolve(error: BaseException) -> tuple[RankExit, RankExit]:
     """(this rank's end by `error`, the end of the launch: this one, or an earlier one of another rank).
 
     Every rank meets the same bad input, and the others meet a broken connection when only one rank fails: root_cause.py
@@ -49,27 +49,27 @@ def settle(error: BaseException) -> tuple[End, End]:
     """
     own = getattr(error, "end", None) or _end_of(error)
     vars(error)["end"] = own
-    stands = root_cause.settle(own)
-    if stands == own and own.lost_peer and (lost := root_cause.gone()):
+    stands = root_cause.await_root_cause(own)
+    if stands == own and own.lost_peer and (lost := root_cause.vanished()):
         stands = replace(own, message=lost)
     return own, stands
 
 
-def _end_of(error: BaseException) -> End:
-    place = heartbeat.here()
+def _end_of(error: BaseException) -> RankExit:
+    status = heartbeat.own_status()
     code, lost, alone = getattr(error, "exit_code", 1), False, getattr(error, "alone", False)
     if isinstance(error, FinetuneError):
         message = str(error)
     elif isinstance(error, KeyboardInterrupt):
         code, message = INTERRUPTED, "interrupted"
     else:
-        lost, alone = root_cause.is_lost_peer(error), bool(place.words)
+        lost, alone = root_cause.is_lost_peer(error), bool(status.activity)
         first_line = next(iter(str(error).splitlines()), "")
-        message = f"{type(error).__name__}: {first_line}" + (f" ({place})" if place.words else "")
-    return End(place.rank, place.pid, time.time(), code, redact.text(message), lost, alone)
+        message = f"{type(error).__name__}: {first_line}" + (f" ({status})" if status.activity else "")
+    return RankExit(status.rank, status.pid, time.time(), code, redact.text(message), lost, alone)
 
 
-def say(end: End, text: str = "") -> None:
+def say(end: RankExit, text: str = "") -> None:
     """Print the message of `end` as this process's last line, after `text`, a traceback.
 
     Under `finetune train` the message is left to the launcher, which prints it at its own end.

@@ -21,17 +21,17 @@ _MOST_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Place:
+class RankStatus:
     """What a rank's main thread is doing, since `time` (Unix seconds).
 
-    `beat` counts these entries; `alive` is when the process last ran (Unix seconds).
+    `count` counts these entries; `alive` is when the process last ran (Unix seconds).
     """
 
     rank: int
     pid: int
     host: str
-    beat: int = 0
-    words: str = ""  # empty: not in a run yet
+    count: int = 0
+    activity: str = ""  # empty: not in a run yet
     time: float = 0.0
     alive: float = 0.0
     ranks: int = 1
@@ -41,7 +41,7 @@ class Place:
     def __str__(self) -> str:
         """`rank 1 on node7, window 3 ...`; without the host on one machine, without the rank in one process."""
         name = f"rank {self.rank}" + (f" on {self.host}" if self.machines > 1 else "")
-        return ", ".join(filter(None, (name if self.ranks > 1 or not self.words else "", self.words)))
+        return ", ".join(filter(None, (name if self.ranks > 1 or not self.activity else "", self.activity)))
 
 
 def shared_folder() -> Path | None:
@@ -58,7 +58,7 @@ class _Record:
 
     def __init__(self) -> None:
         ranks, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        self.place = Place(
+        self.status = RankStatus(
             int(os.environ.get("RANK", "0")),
             os.getpid(),
             socket.gethostname(),
@@ -69,15 +69,15 @@ class _Record:
         self.handle: int | None = None
         if folder is not None:
             with contextlib.suppress(OSError):  # no folder or no room: the run goes on
-                self.handle = os.open(folder / f"place-{self.place.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+                self.handle = os.open(folder / f"status-{self.status.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
         self.move("")
 
-    def move(self, words: str, slow: bool = False) -> None:
-        """Record that the main thread now does what `words` say."""
-        self.place = replace(self.place, beat=self.place.beat + 1, words=words, time=time.time(), slow=slow)
+    def move(self, activity: str, slow: bool = False) -> None:
+        """Record that the main thread now does `activity`."""
+        self.status = replace(self.status, count=self.status.count + 1, activity=activity, time=time.time(), slow=slow)
         if self.handle is not None:
             with contextlib.suppress(OSError):
-                os.pwrite(self.handle, json.dumps(asdict(self.place))[:_RECORD_BYTES].encode().ljust(_RECORD_BYTES), 0)
+                os.pwrite(self.handle, json.dumps(asdict(self.status))[:_RECORD_BYTES].encode().ljust(_RECORD_BYTES), 0)
 
     def touch(self) -> None:
         """Record that the process runs."""
@@ -89,8 +89,8 @@ class _Record:
 _record: _Record | None = None
 
 
-def at(words: str, rows: Sequence[int] | None = None, shape: Sequence[int] = (), slow: bool = False) -> None:
-    """Record that this process now does what `words` say, with these `rows` as a batch of this `shape`.
+def update(activity: str, rows: Sequence[int] | None = None, shape: Sequence[int] = (), slow: bool = False) -> None:
+    """Record that this process now does `activity`, with these `rows` as a batch of this `shape`.
 
     `slow` says that it may take much longer than a micro-batch: the watchdog then waits longer. Takes microseconds.
     """
@@ -98,8 +98,8 @@ def at(words: str, rows: Sequence[int] | None = None, shape: Sequence[int] = (),
     _record = _record or _Record()
     if rows is not None:
         names = f"{'row' if len(rows) == 1 else 'rows'} {row_numbers(rows)}" if rows else "no rows"
-        words += f", {names} ({' x '.join(map(str, shape))} tokens)"
-    _record.move(words, slow)
+        activity += f", {names} ({' x '.join(map(str, shape))} tokens)"
+    _record.move(activity, slow)
 
 
 def row_numbers(rows: Sequence[int]) -> str:
@@ -107,11 +107,11 @@ def row_numbers(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:_MOST_ROWS])) + (" ..." if len(rows) > _MOST_ROWS else "")
 
 
-def here() -> Place:
+def own_status() -> RankStatus:
     """What this process is doing."""
     global _record
     _record = _record or _Record()
-    return _record.place
+    return _record.status
 
 
 def alive() -> None:
@@ -120,18 +120,18 @@ def alive() -> None:
         _record.touch()
 
 
-def others() -> list[Place]:
+def other_statuses() -> list[RankStatus]:
     """What the other ranks of this launch on this machine were doing when they last wrote it."""
     folder = shared_folder()
-    return [place for place in places(folder) if place.rank != here().rank] if folder else []
+    return [status for status in rank_statuses(folder) if status.rank != own_status().rank] if folder else []
 
 
-def places(folder: Path) -> list[Place]:
+def rank_statuses(folder: Path) -> list[RankStatus]:
     """What the ranks wrote to a launch's folder, by rank."""
     found = []
-    for file in folder.glob("place-*.json"):
+    for file in folder.glob("status-*.json"):
         try:
-            found.append(replace(Place(**json.loads(file.read_text())), alive=file.stat().st_mtime))
+            found.append(replace(RankStatus(**json.loads(file.read_text())), alive=file.stat().st_mtime))
         except ValueError:  # nothing written yet
             continue
-    return sorted(found, key=lambda place: place.rank)
+    return sorted(found, key=lambda status: status.rank)

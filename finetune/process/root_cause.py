@@ -40,7 +40,7 @@ _LOST_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 @dataclass(frozen=True)
-class End:
+class RankExit:
     """How one rank ended: when (Unix seconds), with which exit status and message."""
 
     rank: int
@@ -65,7 +65,7 @@ def is_lost_peer(error: BaseException) -> bool:
     return any(words in text for words in _LOST) or any(kind.__name__ in _LOST_TYPES for kind in type(error).__mro__)
 
 
-def leave(end: End) -> None:
+def record(end: RankExit) -> None:
     """Write how this rank ended, for the other ranks and the launcher; a second call changes nothing."""
     folder = heartbeat.shared_folder()
     if folder is None or not folder.is_dir() or (folder / f"end-{end.rank}.json").exists():
@@ -76,12 +76,12 @@ def leave(end: End) -> None:
         os.replace(temporary, folder / f"end-{end.rank}.json")
 
 
-def left(folder: Path | None) -> list[End]:
+def recorded(folder: Path | None) -> list[RankExit]:
     """Every end that ranks wrote to a launch's folder; none without a folder."""
-    return [End(**json.loads(file.read_text())) for file in folder.glob("end-*.json")] if folder else []
+    return [RankExit(**json.loads(file.read_text())) for file in folder.glob("end-*.json")] if folder else []
 
 
-def first(ends: Collection[End]) -> End | None:
+def root_cause(ends: Collection[RankExit]) -> RankExit | None:
     """The root cause: the earliest end that is more than a lost peer; of equal ones the lowest rank's."""
     causes = [end for end in ends if not end.lost_peer] or list(ends)
     if not causes:
@@ -91,17 +91,17 @@ def first(ends: Collection[End]) -> End | None:
     return min(same, key=lambda end: end.rank)
 
 
-def settle(own: End) -> End:
+def await_root_cause(own: RankExit) -> RankExit:
     """The end whose message is printed, after waiting as long as another rank may still write a better one.
 
     Where it is another rank's, returns once that rank has ended: the launcher ends all ranks when one has ended.
     """
-    leave(own)
+    record(own)
     folder = heartbeat.shared_folder()
     waits_for_rank_0 = own.rank != 0 and not own.alone
     while True:
-        ends = left(folder)
-        chosen = first(ends) or own
+        ends = recorded(folder)
+        chosen = root_cause(ends) or own
         mine = chosen.rank == own.rank
         if mine and not own.lost_peer and not (waits_for_rank_0 and all(end.rank for end in ends)):
             return own
@@ -122,12 +122,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def gone() -> str:
+def vanished() -> str:
     """The ranks of this machine that disappeared and wrote no end, as a sentence; empty where there are none."""
     folder = heartbeat.shared_folder()
     if folder is None:
         return ""
-    said = {end.rank for end in left(folder)}
-    lost = [place for place in heartbeat.places(folder) if place.rank not in said and not is_running(place.pid)]
-    names = "; ".join(f"{place} (pid {place.pid})" for place in lost)
-    return f"{names}: disappeared (killed or crashed); detected by {heartbeat.here()}." if lost else ""
+    said = {end.rank for end in recorded(folder)}
+    lost = [
+        status for status in heartbeat.rank_statuses(folder) if status.rank not in said and not is_running(status.pid)
+    ]
+    names = "; ".join(f"{status} (pid {status.pid})" for status in lost)
+    return f"{names}: disappeared (killed or crashed); detected by {heartbeat.own_status()}." if lost else ""

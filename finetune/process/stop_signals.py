@@ -18,7 +18,7 @@ from pathlib import Path
 from finetune.process import heartbeat, root_cause
 from finetune.process.exit_status import say
 from finetune.process.parent_death import signal_on_parent_death
-from finetune.process.root_cause import End
+from finetune.process.root_cause import RankExit
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"  # in the output folder
 # Environment variable: a second place for STOP, for launch scripts that know no recipe.
@@ -28,14 +28,14 @@ LAUNCHER_DIED = signal.SIGUSR1  # what the kernel sends us; schedulers send it t
 SECOND_SECONDS = 2.0
 
 
-def follow_launcher() -> None:
+def stop_when_launcher_dies() -> None:
     """Stop this process when its launcher dies: `accelerate launch` leaves its trainer behind as an orphan."""
     if not signal_on_parent_death(LAUNCHER_DIED, os.getppid()):
         os.kill(os.getpid(), LAUNCHER_DIED)
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Requests:
     """What this rank was asked for: to save and end, to save and go on."""
 
     stop: bool = False
@@ -43,7 +43,7 @@ class Wishes:
 
 
 @contextmanager
-def listening(output_dir: Path) -> Iterator[Callable[[], Wishes]]:
+def stop_signals(output_dir: Path) -> Iterator[Callable[[], Requests]]:
     """While active, SIGTERM, SIGINT, SIGUSR1 and a file output_dir/STOP ask for a stop, output_dir/SAVE for a save.
 
     Yields a function that returns the requests so far. A second SIGTERM or SIGINT, two seconds after the first signal
@@ -61,7 +61,7 @@ def listening(output_dir: Path) -> Iterator[Callable[[], Wishes]]:
     os.set_blocking(tell, False)
     wakeup = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     threading.Thread(target=_end_at_the_second, args=(heard,), name="second signal", daemon=True).start()
-    yield lambda: Wishes(bool(asked) or any(file.exists() for file in stop_files), (output_dir / SAVE_FILE).exists())
+    yield lambda: Requests(bool(asked) or any(file.exists() for file in stop_files), (output_dir / SAVE_FILE).exists())
     signal.set_wakeup_fd(wakeup)
     os.close(tell)
     for number, old in before.items():
@@ -75,13 +75,13 @@ def _end_at_the_second(heard: int) -> None:
         now = time.monotonic()
         first = first or now
         if number in (signal.SIGTERM, signal.SIGINT) and now - first > SECOND_SECONDS:
-            place = heartbeat.here()
+            mine = heartbeat.own_status()
             message = (
                 f"stopped at once by a second {signal.Signals(number).name}. The same command resumes from the newest"
                 " checkpoint."
             )
-            end = End(place.rank, place.pid, time.time(), 128 + number, message)
-            root_cause.leave(end)
+            end = RankExit(mine.rank, mine.pid, time.time(), 128 + number, message)
+            root_cause.record(end)
             say(end)
             os._exit(end.code)
     os.close(heard)

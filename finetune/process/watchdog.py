@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 
 from finetune.process import heartbeat, root_cause
 from finetune.process.exit_status import say
-from finetune.process.heartbeat import Place
-from finetune.process.root_cause import End
+from finetune.process.heartbeat import RankStatus
+from finetune.process.root_cause import RankExit
 
 # The files of the innermost frames of a thread that waits for other ranks, or for a device that does.
 _WAITING = (
@@ -67,22 +67,22 @@ def watching(seconds: float, leave_word: Callable[[int, str], None]) -> Iterator
 
 def _watch(seconds: float, main: int, leave_word: Callable[[int, str], None], over: threading.Event) -> None:
     tick = min(1.0, (seconds or math.inf) / 10)
-    beat, still, looked = -1, 0.0, time.monotonic()
+    count, still, looked = -1, 0.0, time.monotonic()
     while not over.wait(tick):
         heartbeat.alive()
         now = time.monotonic()
         # a process that was stopped for a while (a suspended job) has not been standing still
         still, looked = still + min(now - looked, 2 * tick), now
-        if heartbeat.here().beat != beat:
-            beat, still = heartbeat.here().beat, 0.0
+        if heartbeat.own_status().count != count:
+            count, still = heartbeat.own_status().count, 0.0
         if still > root_cause.GRACE_SECONDS:
             _leave_if_in_vain(leave_word)
-        limit = (seconds or math.inf) * (SLOW_FACTOR if heartbeat.here().slow else 1)
+        limit = (seconds or math.inf) * (SLOW_FACTOR if heartbeat.own_status().slow else 1)
         if still < limit:
             continue
         stack = traceback.extract_stack(sys._current_frames()[main])
         waits = any(part in frame.filename for frame in stack[-2:] for part in _WAITING)
-        others = heartbeat.others()
+        others = heartbeat.other_statuses()
         if not waits or (still > longer(limit) and all(time.time() - other.time > limit for other in others)):
             _end(limit, stack, others if waits else [], leave_word)
 
@@ -92,29 +92,29 @@ def _leave_if_in_vain(leave_word: Callable[[int, str], None]) -> None:
 
     On a GPU nothing wakes a rank that waits for another one, not even a SIGTERM.
     """
-    cause = root_cause.first(root_cause.left(heartbeat.shared_folder()))
+    cause = root_cause.root_cause(root_cause.recorded(heartbeat.shared_folder()))
     if cause is not None and not cause.lost_peer:
         try:
             leave_word(cause.code, cause.words)
         finally:
             os._exit(cause.code)  # without a message: the other rank has printed it
-    if lost := root_cause.gone():
+    if lost := root_cause.vanished():
         _say_and_leave(lost, "", leave_word, lost_peer=True)
 
 
 def _end(
-    limit: float, stack: traceback.StackSummary, others: list[Place], leave_word: Callable[[int, str], None]
+    limit: float, stack: traceback.StackSummary, others: list[RankStatus], leave_word: Callable[[int, str], None]
 ) -> None:
     """Print where this rank is stuck, or which of the `others` it waits for, and exit. Does not return."""
-    place, frame, now = heartbeat.here(), stack[-1], time.time()
+    status, frame, now = heartbeat.own_status(), stack[-1], time.time()
     dead = [other for other in others if now - other.alive > limit / 2]
-    late = dead or [other for other in others if other.beat < place.beat]
+    late = dead or [other for other in others if other.count < status.count]
     message = (
-        f"{place}: no progress for {now - place.time:.0f} s; stuck in {frame.name}"
+        f"{status}: no progress for {now - status.time:.0f} s; stuck in {frame.name}"
         f" ({os.path.basename(frame.filename)}:{frame.lineno})"
     )
     if late:
-        message = f"{late[0]}: no progress for {now - late[0].time:.0f} s; rank {place.rank} waits for it"
+        message = f"{late[0]}: no progress for {now - late[0].time:.0f} s; rank {status.rank} waits for it"
     elif others:
         message += ", perhaps waiting for another rank"
     for other in dead:  # its own watchdog does not run any more, and a SIGTERM does not reach it
@@ -125,10 +125,10 @@ def _end(
 
 
 def _say_and_leave(message: str, text: str, leave_word: Callable[[int, str], None], lost_peer: bool = False) -> None:
-    place = heartbeat.here()
-    own = End(place.rank, place.pid, time.time(), 1, message, lost_peer, alone=True)
+    status = heartbeat.own_status()
+    own = RankExit(status.rank, status.pid, time.time(), 1, message, lost_peer, alone=True)
     try:
-        stands = root_cause.settle(own)
+        stands = root_cause.await_root_cause(own)
         leave_word(stands.code, stands.words)
         if stands == own:
             say(own, text)

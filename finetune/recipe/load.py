@@ -23,7 +23,7 @@ _FILE_NAME = re.compile(r"\.(?:jsonl?|txt|csv|tsv|parquet|arrow|md|ya?ml|gz|zst|
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedRecipe:
     """A recipe and where each of its values came from."""
 
     recipe: Recipe
@@ -33,7 +33,7 @@ class Loaded:
     _places: Mapping[KeyPath, Place] = field(repr=False)
     _overridden: frozenset[KeyPath] = field(repr=False)
 
-    def where(self, key: str) -> str:
+    def location(self, key: str) -> str:
         """Where a dotted key (`data.train[0].path`) was set: `recipe.yaml:14` or `command line`.
 
         The file may be an included one. For a key that was not set: its section's line, or the file alone.
@@ -45,7 +45,7 @@ class Loaded:
         """Whether the file or an override gives the dotted key (False: it has its default)."""
         return lookup(self._given, key_path(key)) is not None
 
-    def sample(self, rows: int, source: int | None = None) -> Loaded:
+    def sample(self, rows: int, source: int | None = None) -> LoadedRecipe:
         """This recipe with at most `rows` training rows.
 
         With `source`, an index, only that entry of data.train is kept, and no data.eval. `where` still names the right
@@ -75,7 +75,7 @@ def read_resolved(path: Path) -> dict | None:
     return document.value if isinstance(document.value, dict) else None
 
 
-def load_resolved(path: Path) -> Loaded:
+def load_resolved(path: Path) -> LoadedRecipe:
     """The resolved recipe in a run's folder. Its data need not be there any more. Raises UserError."""
     document = parse(path.read_text(encoding="utf-8")) if path.is_file() else None
     if document is None or document.problems or not isinstance(document.value, dict):
@@ -84,10 +84,10 @@ def load_resolved(path: Path) -> Loaded:
     recipe, problems = check(document.value)
     if problems or recipe is None:
         raise UserError([f"{path}: {sentence}" for _, sentence in problems])
-    return Loaded(recipe, path.absolute(), str(path), document.value, {}, frozenset())
+    return LoadedRecipe(recipe, path.absolute(), str(path), document.value, {}, frozenset())
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read the recipe at `path` with what it includes, then apply `section.key=value` overrides.
 
     Paths in the file are looked up in the recipe's folder, then in the working directory; in overrides the other way
@@ -108,7 +108,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     messages = [f"{place if place.line else place.file}: {sentence}" for place, sentence in problems] + wrong
     if messages or recipe is None:
         raise UserError(messages)
-    return Loaded(recipe, Path(name).absolute(), name, given, merged.places, frozenset(overridden))
+    return LoadedRecipe(recipe, Path(name).absolute(), name, given, merged.places, frozenset(overridden))
 
 
 def _first_source(key: KeyPath, source: int) -> KeyPath | None:

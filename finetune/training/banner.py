@@ -9,7 +9,7 @@ from finetune.batching.plan import BatchPlan
 from finetune.engine.devices import device_name
 from finetune.launch.preflight import batch_line, learning_rate_line
 from finetune.recipe.fields import Recipe
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 from finetune.report.text import count, human_seconds
 from finetune.training.job import Job
 
@@ -19,7 +19,7 @@ def method(recipe: Recipe) -> str:
     return "QLoRA" if recipe.model.load_in_4bit else "LoRA" if recipe.lora else "full fine-tuning"
 
 
-def learning_rate(loaded: Loaded, batch: BatchPlan) -> str:
+def learning_rate(loaded: LoadedRecipe, batch: BatchPlan) -> str:
     """The peak learning rate and the shape it has over the run."""
     return f"{learning_rate_line(loaded, batch)}, {loaded.recipe.training.lr_scheduler_type}"
 
@@ -50,7 +50,7 @@ def _data(job: Job) -> str:
     if job.plan.loaded.recipe.data.streaming:
         text = f"streamed, {data['trained_tokens'] / data['tokens']:.0%} of the first rows' tokens trained"
     else:
-        rows = count(len(job.train_rows), "row")
+        rows = count(job.train_row_count, "row")
         text = f"{rows}, {data['trained_tokens']:,} of {data['tokens']:,} tokens trained"
     return text + (f", {count(len(job.evaluation_rows), 'row')} held out" if job.evaluation_rows else "")
 
@@ -60,7 +60,7 @@ def _length(job: Job) -> str:
     if job.schedule.total_rows is None:
         return length
     epochs = job.plan.loaded.recipe.training.num_train_epochs
-    return f"{length} ({epochs:g} epoch{'s' * (epochs != 1)} of {count(len(job.train_rows), 'row')})"
+    return f"{length} ({epochs:g} epoch{'s' * (epochs != 1)} of {count(job.train_row_count, 'row')})"
 
 
 def _warmup(job: Job) -> str:

@@ -14,13 +14,13 @@ from finetune.batching.windows import row_order, rows_of_epoch
 from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.engine.meter import Meter
 from finetune.errors import UserError, reason
-from finetune.launch.preflight import Settled
+from finetune.launch.preflight import Resolved
 from finetune.memory.estimate import ByteRange, Estimate, Items, estimate
 from finetune.memory.strategies import fewer_activations, less_to_hold
 from finetune.memory.trace import MicroBatchShape
 from finetune.memory.verdict import host_range
 from finetune.process.host_memory import HostMemory, gib, host_memory, swap_bytes
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 from finetune.report.text import count, human_bytes
 from finetune.training.job import JobSpec
 
@@ -156,10 +156,10 @@ def _row(ours: float, theirs: float, error: float) -> str:
     return f"{human_bytes(ours)} predicted, {human_bytes(theirs)} measured ({error:+.1%})"
 
 
-def settled_of(plan: JobSpec) -> Settled:
+def settled_of(plan: JobSpec) -> Resolved:
     """Recipe, launch and batch of a plan as it will run here: on the CPU where there is nothing else."""
     strategy = dataclasses.replace(plan.strategy, use_cpu=not has_accelerator())
-    return Settled(plan.loaded, strategy, plan.batch, plan.max_grad_norm)
+    return Resolved(plan.loaded, strategy, plan.batch, plan.max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def refuse_what_cannot_fit(
         largest = [f"{item} {gib(size)}" for item, size in items.items() if size > 0.01 * sum(items.values())]
         size, word = (need.low, "at least") if refused else (need.expected, "about")
         text = (
-            f"{plan.loaded.where(place.key)}: {place.key} is {_value(plan.loaded, place.key)}: this run needs {word}"
+            f"{plan.loaded.location(place.key)}: {place.key} is {_value(plan.loaded, place.key)}: this run needs {word}"
             f" {gib(size)} GiB of {place.name} memory ({count(place.ranks, 'rank')} x {gib(size / place.ranks)} GiB,"
             f" most at the {part}: {', '.join(largest)}); the limit is {place.limit}."
         )
@@ -216,5 +216,5 @@ def _places(plan: JobSpec, found: Estimate, memory: HostMemory) -> Iterator[Plac
     yield Place("host", key, need, parts, ranks, limit, str(memory), changes, swap)
 
 
-def _value(loaded: Loaded, key: str) -> Any:
+def _value(loaded: LoadedRecipe, key: str) -> Any:
     return getattr(getattr(loaded.recipe, key.partition(".")[0]), key.partition(".")[2])

@@ -43,14 +43,14 @@ from finetune.model.parameters import parameter_counts
 from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
 from finetune.objectives.sft import SummedLoss
 from finetune.process.watchdog import ranks_wait
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 
 @dataclass(frozen=True)
 class JobSpec:
     """What is known before a weight is read: batch arithmetic, schedule, model facts, tokenised data."""
 
-    loaded: Loaded
+    loaded: LoadedRecipe
     strategy: Strategy
     batch: BatchPlan
     max_grad_norm: float
@@ -99,7 +99,13 @@ class Job:
         rows = self.schedule.batch_rows(position.step, position.applied_rows, position.noise.doublings)
         if self.plan.loaded.recipe.data.streaming:
             return stream_window(position, rows)
-        return next_window(position, len(self.train_rows), rows, self.seed, math.inf if epochs is None else epochs)
+        return next_window(position, self.train_row_count, rows, self.seed, math.inf if epochs is None else epochs)
+
+    @property
+    def train_row_count(self) -> int:
+        """Rows of the training data; not for a stream, whose length nobody knows."""
+        assert not isinstance(self.train_rows, StreamRows)
+        return len(self.train_rows)
 
     def measures_noise(self, window: Window) -> bool:
         """Whether this window's gradients are watched for the noise scale."""
@@ -109,7 +115,7 @@ class Job:
         """Passes over the training rows when `window` is done; 0 for a stream, whose length nobody knows."""
         if self.plan.loaded.recipe.data.streaming:
             return 0.0
-        return window.epoch + (window.first_row + len(window.rows)) / len(self.train_rows)
+        return window.epoch + (window.first_row + len(window.rows)) / self.train_row_count
 
     def local_rows(self, window: Window) -> list[tuple[int, ...]]:
         """The rows of this rank's micro-batches of a window; equally many on every rank, some perhaps empty."""
@@ -121,19 +127,19 @@ class Job:
         return collating.collate([source.row(i) for i in rows], padding)
 
 
-def prepare(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> JobSpec:
+def prepare(loaded: LoadedRecipe, strategy: Strategy, say: Callable[[str], None]) -> JobSpec:
     """Everything that can be wrong before weights are read. No process group: every rank calls it by itself.
 
     Raises UserError.
     """
     # where no GPU is found the CPU was not asked for, but it is what will run
-    settled = preflight.settle(loaded, replace(strategy, use_cpu=strategy.use_cpu or not has_accelerator()))
+    settled = preflight.resolve(loaded, replace(strategy, use_cpu=strategy.use_cpu or not has_accelerator()))
     batch, max_grad_norm = settled.batch, settled.max_grad_norm
     facts = read_facts(loaded)
     tokenizer = load_tokenizer(loaded)
     prepared = (open_stream if loaded.recipe.data.streaming else prepare_data)(loaded, tokenizer, say)
     facts = check_rows(loaded, strategy, facts, tokenizer, prepared)
-    rows = 0 if loaded.recipe.data.streaming else len(prepared.train)  # a stream has max_steps
+    rows = 0 if isinstance(prepared.train, StreamRows) else len(prepared.train)  # a stream has max_steps
     schedule = make_schedule(loaded, batch, rows)
     if chosen := batch.open:
         # rows held out come in micro-batches of the same size, and may be longer
@@ -148,7 +154,11 @@ def prepare(loaded: Loaded, strategy: Strategy, say: Callable[[str], None]) -> J
 
 
 def check_rows(
-    loaded: Loaded, strategy: Strategy, facts: ModelFacts, tokenizer: PreTrainedTokenizerBase, prepared: PreparedData
+    loaded: LoadedRecipe,
+    strategy: Strategy,
+    facts: ModelFacts,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: PreparedData,
 ) -> ModelFacts:
     """The facts of the model that takes these rows: its vocabulary grows where their tokens need it.
 
@@ -158,13 +168,13 @@ def check_rows(
     longest = max(int(rows.lengths.max()) for rows in (prepared.train, prepared.evaluation) if rows is not None)
     if facts.max_positions is not None and longest > facts.max_positions:
         raise UserError(
-            f"{loaded.where('data.max_length')}: data.max_length lets rows of {longest} tokens through, but the model"
-            f" has {facts.max_positions} positions. Use max_length {facts.max_positions} or less."
+            f"{loaded.location('data.max_length')}: data.max_length lets rows of {longest} tokens through, but the"
+            f" model has {facts.max_positions} positions. Use max_length {facts.max_positions} or less."
         )
     return replace(facts, vocabulary=vocabulary)
 
 
-def make_schedule(loaded: Loaded, batch: BatchPlan, rows: int) -> Schedule:
+def make_schedule(loaded: LoadedRecipe, batch: BatchPlan, rows: int) -> Schedule:
     """The recipe's schedule of batch and learning rate over a training set of `rows` rows."""
     training = loaded.recipe.training
     sizes = batch_schedule(loaded.recipe.accumulation, batch.global_batch_rows, training.num_train_epochs)
@@ -226,6 +236,6 @@ def _refuse_unequal(plan: JobSpec, engine: Engine) -> None:
     if min(rows) < max(rows):
         key = "training.device_memory"
         raise UserError(
-            f"{plan.loaded.where(key)}: {key} is auto, and the ranks' devices differ: they would take {rows} rows per"
-            f" micro-batch. Set {key} to what the smallest one has."
+            f"{plan.loaded.location(key)}: {key} is auto, and the ranks' devices differ: they would take {rows} rows"
+            f" per micro-batch. Set {key} to what the smallest one has."
         )

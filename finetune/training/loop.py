@@ -17,8 +17,8 @@ from finetune.engine.devices import device_peak_bytes, host_peak_bytes
 from finetune.errors import Diverged, StopRequested
 from finetune.memory.formulas import checkpoint_bytes
 from finetune.model.parameters import weights_of
-from finetune.process.heartbeat import at
-from finetune.process.stop_signals import SAVE_FILE, Wishes
+from finetune.process import heartbeat
+from finetune.process.stop_signals import SAVE_FILE, Requests
 from finetune.report.console import Console
 from finetune.report.run_folder import CHECKPOINTS, RunFiles
 from finetune.training import loss_spike
@@ -29,7 +29,7 @@ NOT_LOGGED = ("position", "stop", "save")  # of a StepResult: for the loop alone
 
 
 def run_loop(
-    job: Job, files: RunFiles, console: Console, progress: Progress, facts: dict, wishes: Callable[[], Wishes]
+    job: Job, files: RunFiles, console: Console, progress: Progress, facts: dict, wishes: Callable[[], Requests]
 ) -> Progress:
     """Train from `progress` to the end and return the progress there.
 
@@ -138,6 +138,7 @@ def _spike(job: Job, progress: Progress, before: Sequence[Position]) -> str:
     losses = progress.recent_losses
     usual, spike = losses[: -loss_spike.IN_A_ROW], losses[-loss_spike.IN_A_ROW :]
     first = job.next_window(before[0])
+    assert first is not None, "it was taken once"
     return (
         f"loss spike: steps {progress.position.step - loss_spike.IN_A_ROW + 1} to {progress.position.step} have losses"
         f" {', '.join(f'{loss:.4g}' for loss in spike)}; median of the {len(usual)} steps before:"
@@ -149,7 +150,7 @@ def _spike(job: Job, progress: Progress, before: Sequence[Position]) -> str:
 
 
 def _save(job: Job, root: Path, progress: Progress, facts: dict) -> str:
-    at(f"saving step {progress.position.step}", slow=True)
+    heartbeat.update(f"saving step {progress.position.step}", slow=True)
     recipe, weights = job.plan.loaded.recipe, weights_of(job.engine.inner_model())
     needed = checkpoint_bytes(weights, recipe.training.optim, job.plan.strategy)
     limit, keep_best = recipe.checkpoint.save_total_limit, recipe.checkpoint.keep_best

@@ -47,8 +47,8 @@ def try_micro_batch(plan: JobSpec, say: Callable[[str], None]) -> JobSpec:
             return less
         reason = again
     raise OutOfMemory(
-        f"{plan.loaded.where('training.device_memory')}: the micro-batch that should fit runs out of memory ({reason}),"
-        " and so does the next smaller one. Set training.device_memory to less than what is there, or"
+        f"{plan.loaded.location('training.device_memory')}: the micro-batch that should fit runs out of memory"
+        f" ({reason}), and so does the next smaller one. Set training.device_memory to less than what is there, or"
         " training.per_device_train_batch_size to a number."
     )
 
@@ -73,9 +73,9 @@ def _runs_out_of_memory(plan: JobSpec) -> str:
         said = exchange_through_store(f"trial of {plan.batch.per_device_rows} rows", reason, TIMEOUT_SECONDS)
         if said is None:  # the others wait in a collective that this rank left: no way on but to end
             raise OutOfMemory(
-                f"{plan.loaded.where(KEY)}: {plan.batch.per_device_rows} rows per micro-batch, chosen by auto, run out"
-                f" of memory on rank {job.engine.rank} alone ({reason or 'another rank'}). Set {KEY} to less than what"
-                " is there."
+                f"{plan.loaded.location(KEY)}: {plan.batch.per_device_rows} rows per micro-batch, chosen by auto, run"
+                f" out of memory on rank {job.engine.rank} alone ({reason or 'another rank'}). Set {KEY} to less than"
+                " what is there."
             )
         reason = next(filter(None, said), "")
     job.engine.release()

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from finetune.data.collate import collate
-from finetune.data.token_cache import Row
+from finetune.data.token_cache import TokenRow
 from finetune.engine.engine import Engine
 from finetune.engine.optimizer import make_optimizer
 from finetune.launch.strategy import one_process
 from finetune.model.facts import ModelFacts
 from finetune.model.load import load_model
 from finetune.objectives.sft import sft_loss, trained_tokens
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 
 
 def relative(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
@@ -37,7 +37,7 @@ def change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[st
 class Reference:
     """A recipe's model on the CPU, trained with one big batch per window."""
 
-    def __init__(self, loaded: Loaded, facts: ModelFacts, padding: int = 0):
+    def __init__(self, loaded: LoadedRecipe, facts: ModelFacts, padding: int = 0):
         """Build it before any DeepSpeed engine starts, or after unset_hf_deepspeed_config(): else ZeRO-3 shards it."""
         self.network = load_model(loaded, one_process(), facts, torch.device("cpu"))
         self.optimizer = make_optimizer(self.network, loaded.recipe.training, one_process())
@@ -59,7 +59,7 @@ class Reference:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def step(self, rows: Sequence[Row]) -> tuple[float, float]:
+    def step(self, rows: Sequence[TokenRow]) -> tuple[float, float]:
         """One optimizer step on one batch of all rows; (mean loss per trained token, gradient norm before clipping)."""
         batch = collate(rows, self.padding)
         loss = sft_loss(self.network, batch) / trained_tokens(batch)

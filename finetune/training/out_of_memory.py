@@ -41,7 +41,11 @@ def _message(plan: JobSpec, engine: Engine | None, error: BaseException) -> str:
         held = memory_by_category((), None, device)
     tried = f" allocating {human_bytes(tried_bytes(error))}" if tried_bytes(error) else ""
     limit = device_limit_bytes() if device else host_memory().limit_bytes
-    place = str(heartbeat.here()) if heartbeat.here().words else f"{heartbeat.here()}, loading the model"
+    place = (
+        str(heartbeat.own_status())
+        if heartbeat.own_status().activity
+        else f"{heartbeat.own_status()}, loading the model"
+    )
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in held.items())
     fixed = sum(held.values()) - held["other"]
     return (

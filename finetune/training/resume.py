@@ -11,7 +11,7 @@ from finetune.checkpoint.progress import Progress
 from finetune.checkpoint.snapshots import Snapshot
 from finetune.engine.deepspeed.checkpoint import not_convertible
 from finetune.errors import UserError
-from finetune.recipe.load import Loaded, read_resolved
+from finetune.recipe.load import LoadedRecipe, read_resolved
 from finetune.report import redact
 from finetune.report.console import Console
 from finetune.report.run_folder import BEFORE, CHECKPOINTS
@@ -61,7 +61,7 @@ def begin(job: Job, console: Console, output_dir: Path, facts: dict) -> Progress
     different = differences(found.facts["same"], facts["same"], allowed)
     if different:
         raise UserError(
-            f"{loaded.where('output_dir')}: output_dir {output_dir} holds step {found.step} of another run:"
+            f"{loaded.location('output_dir')}: output_dir {output_dir} holds step {found.step} of another run:"
             f" {'; '.join(different)}. Undo the change, name the key in checkpoint.allow_changed, give another"
             " output_dir, or start over with checkpoint.resume=never."
         )
@@ -92,17 +92,17 @@ def _refuse_other_ranks(job: Job, found: Snapshot) -> None:
     optims = (found.facts["same"]["recipe"]["training.optim"], loaded.recipe.training.optim)
     if reason := next(filter(None, (not_convertible(job.plan.strategy, optim) for optim in optims)), ""):
         raise UserError(
-            f"{loaded.where('output_dir')}: output_dir {loaded.recipe.output_dir} holds step {found.step}, written by"
-            f" DeepSpeed on {then} ranks, and this run has {job.engine.ranks}: {reason}. Go on with {then} ranks, give"
-            " another output_dir, or start over with checkpoint.resume=never."
+            f"{loaded.location('output_dir')}: output_dir {loaded.recipe.output_dir} holds step {found.step}, written"
+            f" by DeepSpeed on {then} ranks, and this run has {job.engine.ranks}: {reason}. Go on with {then} ranks,"
+            " give another output_dir, or start over with checkpoint.resume=never."
         )
 
 
-def _refuse_what_is_there(loaded: Loaded, output_dir: Path) -> None:
+def _refuse_what_is_there(loaded: LoadedRecipe, output_dir: Path) -> None:
     """A folder without a checkpoint is started again, unless there was one, or what was started was something else."""
     if damaged := snapshots.listing(output_dir / CHECKPOINTS):
         raise UserError(
-            f"{loaded.where('output_dir')}: no checkpoint of {output_dir} can be used, see above (steps"
+            f"{loaded.location('output_dir')}: no checkpoint of {output_dir} can be used, see above (steps"
             f" {', '.join(str(snapshot.step) for snapshot in damaged)}). Repair the disk, give another output_dir, or"
             " start over with checkpoint.resume=never, which moves what is there away."
         )
@@ -113,7 +113,7 @@ def _refuse_what_is_there(loaded: Loaded, output_dir: Path) -> None:
     different = differences(comparable(there), now, loaded.recipe.checkpoint.allow_changed)
     if different:
         raise UserError(
-            f"{loaded.where('output_dir')}: output_dir {output_dir} holds another run, without a checkpoint:"
+            f"{loaded.location('output_dir')}: output_dir {output_dir} holds another run, without a checkpoint:"
             f" {'; '.join(different)}. Give another output_dir, or move what is there away with"
             " checkpoint.resume=never."
         )

@@ -20,12 +20,11 @@ from finetune.launch.preflight import advice
 from finetune.launch.strategy import Strategy
 from finetune.memory.formulas import checkpoint_bytes, exported_bytes
 from finetune.model.outline import weights_beforehand
-from finetune.process import exit_status
-from finetune.process.heartbeat import at
+from finetune.process import exit_status, heartbeat
 from finetune.process.run_lock import acquire
-from finetune.process.stop_signals import STOP_FILE, listening
+from finetune.process.stop_signals import STOP_FILE, stop_signals
 from finetune.process.watchdog import watching
-from finetune.recipe.load import Loaded
+from finetune.recipe.load import LoadedRecipe
 from finetune.report import redact, trackers
 from finetune.report.console import Console
 from finetune.report.run_folder import RunFiles, is_finished
@@ -38,7 +37,7 @@ from finetune.training.out_of_memory import explained
 from finetune.training.resume import begin, facts_of
 
 
-def run(loaded: Loaded, strategy: Strategy, output_dir: Path, console: Console) -> None:
+def run(loaded: LoadedRecipe, strategy: Strategy, output_dir: Path, console: Console) -> None:
     """Train a recipe in this process, one of the ranks of a launch (or alone), to the exported model.
 
     Raises FinetuneError for every expected end.
@@ -79,7 +78,7 @@ def _check_disk(plan: JobSpec, output_dir: Path, console: Console) -> None:
 
 
 def _planned(
-    loaded: Loaded, strategy: Strategy, output_dir: Path, console: Console
+    loaded: LoadedRecipe, strategy: Strategy, output_dir: Path, console: Console
 ) -> tuple[JobSpec, dict | None, str]:
     """The plan, what it is expected to take (for run.json), and that in a line: all that is known before weights are
     read.
@@ -143,7 +142,7 @@ def _to_the_end(
             )
     except BaseException as error:
         console.end_bar()
-        end = exit_status.settle(error)[1]
+        end = exit_status.resolve(error)[1]
         files.update(
             status="stopped" if end.code == StopRequested.exit_code else "failed",
             exit_code=end.code,
@@ -159,11 +158,11 @@ def _train_and_export(job: Job, files: RunFiles, console: Console, facts: dict, 
     model_dir = files.output_dir / "model"
     seconds = job.plan.loaded.recipe.training.step_timeout_seconds
     with (
-        listening(files.output_dir) as wishes,
+        stop_signals(files.output_dir) as wishes,
         watching(seconds, lambda code, message: files.update(status="failed", exit_code=code, message=message)),
     ):
         progress = run_loop(job, files, console, progress, facts, wishes)
-        at("writing the model", slow=True)
+        heartbeat.update("writing the model", slow=True)
         console.say("writing the model ...")
         export_model(job.engine, job.plan.tokenizer, job.plan.facts.export_dtype, model_dir)
     return summary_of(job, progress, model_dir)

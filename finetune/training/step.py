@@ -17,8 +17,9 @@ from finetune.batching.windows import Position, Window
 from finetune.engine.gradient_norms import MicroBatchGradNorms
 from finetune.errors import Diverged
 from finetune.objectives.sft import trained_tokens
-from finetune.process.heartbeat import at, row_numbers
-from finetune.process.stop_signals import Wishes
+from finetune.process import heartbeat
+from finetune.process.heartbeat import row_numbers
+from finetune.process.stop_signals import Requests
 from finetune.training.job import Job
 
 # windows whose gradient is not finite: a bad row is one, weights that left the numbers do not come back
@@ -51,7 +52,7 @@ class StepResult:
     save: bool  # whether one was asked for a checkpoint
 
 
-def train(job: Job, position: Position = Position(), wishes: Callable[[], Wishes] = Wishes) -> Iterator[StepResult]:
+def train(job: Job, position: Position = Position(), wishes: Callable[[], Requests] = Requests) -> Iterator[StepResult]:
     """Train from `position` until the schedule ends, yielding after every window; `wishes` are what this rank was asked
     for.
 
@@ -65,7 +66,7 @@ def train(job: Job, position: Position = Position(), wishes: Callable[[], Wishes
         _refuse_divergence(job, result, window)
 
 
-def train_window(job: Job, window: Window, position: Position, wishes: Callable[[], Wishes]) -> StepResult:
+def train_window(job: Job, window: Window, position: Position, wishes: Callable[[], Requests]) -> StepResult:
     """One window: count its trained tokens over all ranks, then accumulate its micro-batches into one step."""
     started = time.perf_counter()
     engine = job.engine
@@ -81,7 +82,7 @@ def train_window(job: Job, window: Window, position: Position, wishes: Callable[
     summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     for k, (rows, micro_batch) in enumerate(zip(local_rows, micro_batches, strict=True)):
         where = f"window {window.index + 1} (after step {position.step}), micro-batch {k + 1} of {len(micro_batches)}"
-        at(where, rows, micro_batch["input_ids"].shape)
+        heartbeat.update(where, rows, micro_batch["input_ids"].shape)
         seed_randomness(job.seed, window.index, k, engine.rank)
         summed_loss += engine.micro_step(micro_batch, denominator=tokens, last=k == len(micro_batches) - 1)
         if watch:
@@ -138,17 +139,16 @@ def evaluate(job: Job) -> float:
     """Mean loss per trained token over the whole evaluation set, all ranks, nats. Exact whatever the batches and
     ranks.
     """
-    engine = job.engine
+    engine, source = job.engine, job.evaluation_rows
+    assert source is not None, "asked only where there is evaluation data"
     summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     tokens = 0
     with engine.evaluating():
-        rows_of_ranks = split_into_micro_batches(
-            range(len(job.evaluation_rows)), engine.ranks, job.batch.per_device_rows
-        )
+        rows_of_ranks = split_into_micro_batches(range(len(source)), engine.ranks, job.batch.per_device_rows)
         for rows in rows_of_ranks[engine.rank]:
             # padded with empty micro-batches to the same number per rank
-            batch = job.collate(job.evaluation_rows, rows)
-            at("evaluation", rows, batch["input_ids"].shape)
+            batch = job.collate(source, rows)
+            heartbeat.update("evaluation", rows, batch["input_ids"].shape)
             summed_loss += engine.evaluate_batch(batch)
             tokens += trained_tokens(batch)
     total_loss, total_tokens = engine.all_reduce_sum(summed_loss, tokens)

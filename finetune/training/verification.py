@@ -21,13 +21,13 @@ from torch import nn
 from finetune.batching.layout import split_into_micro_batches
 from finetune.data.collate import collate
 from finetune.data.prepare import prepare
-from finetune.data.token_cache import Row, TokenRows
+from finetune.data.token_cache import TokenRow, TokenRows
 from finetune.engine.engine import Engine
 from finetune.engine.optimizer import make_optimizer
 from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.errors import UserError
-from finetune.launch.preflight import Settled
+from finetune.launch.preflight import Resolved
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
 from finetune.model.shrink import shrink
@@ -63,7 +63,7 @@ class Case:
     passed: bool
 
 
-def verification(recipe_path: str, overrides: Sequence[str], settled: Settled, folder: Path | None) -> dict[str, Any]:
+def verification(recipe_path: str, overrides: Sequence[str], settled: Resolved, folder: Path | None) -> dict[str, Any]:
     """The report, whose cases only rank 0 knows. `folder` is where the shrunk model goes; None verifies the real one.
 
     Recipe and overrides are read again, with plain SGD and the shrunk model. A collective. Raises UserError.
@@ -110,9 +110,11 @@ def _to_stderr(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _rows(source: TokenRows, most_tokens: int | None) -> list[Row]:
+def _rows(source: TokenRows, most_tokens: int | None) -> list[TokenRow]:
     """The rows of a set that still have a trained token when cut to `most_tokens`."""
-    cut = [Row(row.input_ids[:most_tokens], row.labels[:most_tokens]) for row in map(source.row, range(len(source)))]
+    cut = [
+        TokenRow(row.input_ids[:most_tokens], row.labels[:most_tokens]) for row in map(source.row, range(len(source)))
+    ]
     kept = [row for row in cut if (row.labels[1:] != -100).any()]
     if not kept:
         raise UserError(f"verify: no row trains a token in its first {most_tokens}. Use --full.")
@@ -130,7 +132,7 @@ def _windows(unit: int, steps: int) -> list[tuple[str, int]]:
 
 
 def _case(
-    engine: Engine, reference: Reference | None, name: str, rows: list[Row], per_device_rows: int, padding: int
+    engine: Engine, reference: Reference | None, name: str, rows: list[TokenRow], per_device_rows: int, padding: int
 ) -> Case | None:
     """One window through the engine; on rank 0 (with the reference) the case, None elsewhere. A collective."""
     share = split_into_micro_batches(range(len(rows)), engine.ranks, per_device_rows)[engine.rank]
@@ -162,7 +164,7 @@ def _no_dropout(network: nn.Module) -> None:
 
 
 def _report(
-    settled: Settled, engine: Engine, cases: Sequence[Case | None], architecture: str, full: bool, passed: bool
+    settled: Resolved, engine: Engine, cases: Sequence[Case | None], architecture: str, full: bool, passed: bool
 ) -> dict[str, Any]:
     steps = engine.accelerator.gradient_accumulation_steps
     return {

@@ -19,7 +19,7 @@ import torch
 
 from finetune.batching.layout import split_into_micro_batches
 from finetune.data.collate import collate
-from finetune.data.token_cache import Row
+from finetune.data.token_cache import TokenRow
 from finetune.engine.engine import Engine
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.optimizer import make_optimizer
@@ -56,7 +56,7 @@ def with_accumulate(self, batch, denominator, last):
     return summed_loss.detach()
 
 
-def ragged_rows(count: int, vocabulary: int) -> list[Row]:
+def ragged_rows(count: int, vocabulary: int) -> list[TokenRow]:
     """Rows of 3 to 48 tokens, a random part of each trained."""
     random = np.random.default_rng(5)
     rows = []
@@ -65,7 +65,7 @@ def ragged_rows(count: int, vocabulary: int) -> list[Row]:
         ids = random.integers(0, vocabulary, length).astype(np.int32)
         labels = np.where(random.random(length) < random.random(), ids, -100).astype(np.int32)
         labels[0], labels[-1] = -100, ids[-1]
-        rows.append(Row(ids, labels))
+        rows.append(TokenRow(ids, labels))
     return rows
 
 

@@ -15,7 +15,7 @@ from finetune.commands import plan
 from finetune.commands.cli import app
 from finetune.errors import UserError
 from finetune.launch.config_file import read_launch_file
-from finetune.launch.preflight import settle
+from finetune.launch.preflight import resolve
 from finetune.launch.strategy import one_process
 from finetune.memory import strategies
 from finetune.memory.estimate import estimate
@@ -332,7 +332,7 @@ def test_a_model_that_cannot_be_traced_is_guessed_widely_and_says_so(mixtral):
 
 
 def test_a_model_that_cannot_even_be_outlined_is_refused_by_its_key(tiny):
-    settled = settle(load_recipe(tiny), one_process("bf16"))
+    settled = resolve(load_recipe(tiny), one_process("bf16"))
     # an outline of a frozen base needs one
     facts = dataclasses.replace(read_facts(settled.loaded), export_dtype="no type")
     loaded = strategies.with_adapters(settled.loaded, LoraSection())

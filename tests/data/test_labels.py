@@ -7,7 +7,7 @@ import pytest
 
 from finetune.data.chat_template import chat_format
 from finetune.data.formats import SourceRow
-from finetune.data.token_cache import Row
+from finetune.data.token_cache import TokenRow
 from finetune.data.tokenization import Dropped, encode_chat
 from tests.support.data import (
     CHATML,
@@ -31,8 +31,8 @@ def encode(tokenizer, *rows, loss_on="assistant", max_length=4096):
     return list(encode_chat(chat_format(tokenizer), source_rows, loss_on, max_length))
 
 
-def as_row(encoded) -> Row:
-    return Row(encoded.input_ids, np.where(encoded.trained, encoded.input_ids, -100))
+def as_row(encoded) -> TokenRow:
+    return TokenRow(encoded.input_ids, np.where(encoded.trained, encoded.input_ids, -100))
 
 
 def trained(tokenizer, row, **options) -> list[str]:

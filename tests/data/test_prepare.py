@@ -15,7 +15,7 @@ from finetune.data.collate import collate
 from finetune.data.prepare import held_out_keys
 from finetune.data.prepare import prepare as prepare_data
 from finetune.data.sources import open_source
-from finetune.data.token_cache import Row
+from finetune.data.token_cache import TokenRow
 from finetune.errors import UserError
 from finetune.recipe.fields import SourceSection
 from tests.support.data import CHATML, chat_row, make_tokenizer, recipe_of, trained_texts, write_jsonl
@@ -265,8 +265,8 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch
 
 def test_collate_pads_on_the_right_and_masks_by_length():
     rows = [
-        Row(np.array([5, 6, 7], np.int32), np.array([-100, 6, 7], np.int32)),
-        Row(np.array([8, 7], np.int32), np.array([-100, 7], np.int32)),
+        TokenRow(np.array([5, 6, 7], np.int32), np.array([-100, 6, 7], np.int32)),
+        TokenRow(np.array([8, 7], np.int32), np.array([-100, 7], np.int32)),
     ]
     batch = collate(rows, pad_token_id=7)
     assert {str(values.dtype) for values in batch.values()} == {"torch.int64"}

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from finetune.launch import compatibility
-from finetune.launch.preflight import settle
+from finetune.launch.preflight import resolve
 from finetune.launch.strategy import Strategy
 from finetune.recipe.load import load_recipe
 
@@ -56,7 +56,7 @@ def test_refused_with_the_reason_and_the_neighbour_works(recipe, overrides, stra
     (message,) = compatibility.refusals(recipe(overrides), strategy)
     assert words in message and strategy.source in message
     assert message.startswith("command line: ") or not overrides
-    settle(recipe(mended), with_strategy)
+    resolve(recipe(mended), with_strategy)
 
 
 def test_every_row_of_the_table_is_reached(recipe):
@@ -72,7 +72,7 @@ def test_every_row_of_the_table_is_reached(recipe):
 def test_all_problems_of_a_combination_come_at_once(recipe):
     strategy = dataclasses.replace(OFFLOAD, ranks=3, gradient_clipping=2.0)
     with pytest.raises(Exception) as caught:
-        settle(recipe([*QLORA, "training.optim=adamw_8bit"]), strategy)
+        resolve(recipe([*QLORA, "training.optim=adamw_8bit"]), strategy)
     assert [m.partition(": ")[2].split(" ")[0] for m in caught.value.messages] == [
         "model.load_in_4bit",
         "training.optim",
@@ -81,5 +81,5 @@ def test_all_problems_of_a_combination_come_at_once(recipe):
 
 
 def test_the_launch_files_clipping_is_taken_where_the_recipe_is_silent(recipe):
-    settled = settle(recipe([]), dataclasses.replace(ZERO3, gradient_clipping=2.0))
+    settled = resolve(recipe([]), dataclasses.replace(ZERO3, gradient_clipping=2.0))
     assert settled.max_grad_norm == 2.0 and settled.batch.accumulation_steps == 32

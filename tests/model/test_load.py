@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from finetune.data.collate import collate
-from finetune.data.token_cache import Row
+from finetune.data.token_cache import TokenRow
 from finetune.errors import UserError
 from finetune.launch.config_file import read_launch_file
-from finetune.launch.preflight import settle
+from finetune.launch.preflight import resolve
 from finetune.launch.strategy import one_process
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
@@ -43,7 +43,7 @@ def load(path: Path, *overrides: str):
 def batch() -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 400, (n,), generator=random, dtype=torch.int32).numpy() for n in (12, 33)]
-    return collate([Row(ids, [-100, *ids[1:]]) for ids in rows], 0)
+    return collate([TokenRow(ids, [-100, *ids[1:]]) for ids in rows], 0)
 
 
 def gradients(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -124,9 +124,9 @@ def test_4_bit_under_zero_3_is_refused_before_weights(recipe_path, tmp_path):
     from tests.support.launch import launch_file
 
     loaded = load_recipe(recipe_path, [*LORA, "model.load_in_4bit=true"])
-    settle(loaded, read_launch_file(launch_file(tmp_path / "zero2.yaml", 2, zero_stage=2)))
+    resolve(loaded, read_launch_file(launch_file(tmp_path / "zero2.yaml", 2, zero_stage=2)))
     with pytest.raises(UserError, match="model.load_in_4bit is true, which is not supported with ZeRO-3.*zero3.yaml"):
-        settle(loaded, read_launch_file(launch_file(tmp_path / "zero3.yaml", 2, zero_stage=3)))
+        resolve(loaded, read_launch_file(launch_file(tmp_path / "zero3.yaml", 2, zero_stage=3)))
 
 
 def test_layers_that_do_not_exist_are_refused_with_those_that_do(recipe_path):

@@ -12,7 +12,7 @@ import sys
 import time
 
 from finetune.launch.environment import is_launched
-from finetune.process.exit_status import guarded
+from finetune.process.exit_status import run_guarded
 
 how, window, launch_file, *arguments = sys.argv[1:]
 
@@ -50,4 +50,4 @@ else:
     from finetune.launch import preflight, start
 
     strategy = preflight.first_stage(arguments[0], arguments[1:], launch_file).strategy
-    sys.exit(guarded(lambda: start._launch(strategy, launch_file, [__file__, *sys.argv[1:]], {})))
+    sys.exit(run_guarded(lambda: start._launch(strategy, launch_file, [__file__, *sys.argv[1:]], {})))

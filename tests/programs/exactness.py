@@ -18,7 +18,7 @@ import torch
 
 from finetune.batching.layout import split_into_micro_batches
 from finetune.data.collate import collate
-from finetune.data.token_cache import Row
+from finetune.data.token_cache import TokenRow
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.optimizer import make_optimizer
 from finetune.engine.settings import EngineSettings
@@ -109,7 +109,7 @@ def long_windows(strategy) -> list[Case]:
     return found
 
 
-def rows_of(case: Case, vocabulary: int, seed: int) -> list[list[Row]]:
+def rows_of(case: Case, vocabulary: int, seed: int) -> list[list[TokenRow]]:
     """Random rows of each window; the same for cases whose windows begin alike."""
     random = np.random.default_rng(seed)
     if case.repeated:
@@ -126,7 +126,7 @@ def denominators(case: Case, engine, share: list, tokens: float) -> list[float]:
     return [tokens * wrong] * len(share)
 
 
-def micro_batches(case: Case, engine, window: WindowCase, rows: list[Row]) -> list[dict]:
+def micro_batches(case: Case, engine, window: WindowCase, rows: list[TokenRow]) -> list[dict]:
     """This rank's micro-batches of the window."""
     if case.one_batch:
         share = [range(engine.rank, len(rows), engine.ranks)]
@@ -173,7 +173,7 @@ def run_case(case: Case, recipe_path: str, strategy, seed: int) -> dict:
     return compare(case, loaded, rows, states, results) if rank == 0 else {}
 
 
-def compare(case: Case, loaded, rows: list[list[Row]], states: list[dict], results: list[dict]) -> dict:
+def compare(case: Case, loaded, rows: list[list[TokenRow]], states: list[dict], results: list[dict]) -> dict:
     """Every window's update from the same weights, and the weights after four windows on the reference's own path."""
     from transformers.integrations import unset_hf_deepspeed_config
 

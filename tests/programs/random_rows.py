@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from finetune.data.token_cache import Row
+from finetune.data.token_cache import TokenRow
 
 
-def random_rows(random: np.random.Generator, count: int, vocabulary: int) -> list[Row]:
+def random_rows(random: np.random.Generator, count: int, vocabulary: int) -> list[TokenRow]:
     """Rows of 3 to 48 tokens, a random part of each trained: all of it, a single token, now and then none.
 
     The first row always trains a token, so that no window is empty.
@@ -20,5 +20,5 @@ def random_rows(random: np.random.Generator, count: int, vocabulary: int) -> lis
         labels[0], labels[-1] = -100, ids[-1]
         if i > 0 and random.random() < 0.1:
             labels[:] = -100
-        rows.append(Row(ids, labels))
+        rows.append(TokenRow(ids, labels))
     return rows

@@ -10,7 +10,7 @@ import pytest
 from finetune.commands.train import train_in_place
 from finetune.launch import compatibility
 from finetune.launch.config_file import read_launch_file
-from finetune.launch.preflight import settle
+from finetune.launch.preflight import resolve
 from finetune.recipe.load import load_recipe
 from finetune.recipe.strict_yaml import parse
 from tests.support.data import write_jsonl
@@ -82,7 +82,7 @@ def test_every_recipe_goes_with_every_launch_file_or_the_table_says_why_not(path
     for message, words in zip(refused, expected, strict=True):
         assert message.startswith(f"{path}:") and words in message and str(file) in message
     if not refused:
-        batch = settle(loaded, strategy).batch
+        batch = resolve(loaded, strategy).batch
         assert batch.per_device_rows * batch.accumulation_steps * batch.ranks == batch.global_batch_rows
 
 

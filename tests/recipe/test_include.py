@@ -43,8 +43,8 @@ def test_the_file_wins_over_what_it_includes_and_sections_are_merged(write):
     loaded = load_recipe("recipe.yaml")
     training = loaded.recipe.training
     assert (training.seed, training.num_train_epochs, loaded.recipe.lora.r) == (2, 3, 4)
-    assert loaded.where("training.seed") == "recipe.yaml:2"
-    assert loaded.where("training.num_train_epochs") == "base.yaml:6"
+    assert loaded.location("training.seed") == "recipe.yaml:2"
+    assert loaded.location("training.num_train_epochs") == "base.yaml:6"
     assert loaded.is_set("training.num_train_epochs") and not loaded.is_set("training.optim")
     assert "include" not in loaded.dump()
 
@@ -78,7 +78,7 @@ def test_paths_and_includes_start_at_the_file_that_says_them(write, tmp_path):
     (folder / "sub" / "deep" / "rows.jsonl").write_text("{}\n")
     loaded = load_recipe("recipe.yaml")
     assert loaded.recipe.data.train[0].path == str(tmp_path / "sub" / "deep" / "rows.jsonl")
-    assert loaded.where("data.train[0].path") == "sub/deep/base.yaml:3"
+    assert loaded.location("data.train[0].path") == "sub/deep/base.yaml:3"
     (folder / "sub" / "deep" / "rows.jsonl").unlink()
     assert load_recipe("recipe.yaml").recipe.data.train[0].path == str(tmp_path / "rows.jsonl")
 

@@ -90,11 +90,11 @@ def test_where_names_line_or_command_line(recipe):
     text = MINIMAL + "training:\n  seed: 1\n"
     loaded = recipe(text, "training.max_steps=5", "data.eval=[{path: ../recipes/rows.jsonl}]")
     name = "../recipes/recipe.yaml"
-    assert loaded.where("training.seed") == f"{name}:7"
-    assert loaded.where("data.train[0].path") == loaded.where("data.train.0.path") == f"{name}:4"
-    assert loaded.where("training.max_steps") == loaded.where("data.eval[0].path") == "command line"
-    assert loaded.where("training.optim") == f"{name}:6"  # not said: the section it belongs in
-    assert loaded.where("logging.logging_steps") == name
+    assert loaded.location("training.seed") == f"{name}:7"
+    assert loaded.location("data.train[0].path") == loaded.location("data.train.0.path") == f"{name}:4"
+    assert loaded.location("training.max_steps") == loaded.location("data.eval[0].path") == "command line"
+    assert loaded.location("training.optim") == f"{name}:6"  # not said: the section it belongs in
+    assert loaded.location("logging.logging_steps") == name
 
 
 def test_relative_paths_in_the_file_start_at_its_folder_and_overrides_at_the_working_directory(recipe, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from finetune.checkpoint.disk import check_disk
 from finetune.errors import UserError
 from finetune.launch.config_file import read_launch_file
-from finetune.launch.preflight import settle
+from finetune.launch.preflight import resolve
 from finetune.memory.estimate import Estimate, estimate
 from finetune.memory.trace import MicroBatchShape
 from finetune.memory.verdict import host_range
@@ -95,7 +95,7 @@ ONE_ROW = "training.per_device_train_batch_size=1"
 def plan_of(recipe_path: Path, config: str, *overrides: str) -> JobSpec:
     """As much of a plan as the check of memory looks at."""
     loaded, strategy = load_recipe(recipe_path, [ONE_ROW, *overrides]), read_launch_file(CONFIGS / config)
-    settled = settle(loaded, strategy)
+    settled = resolve(loaded, strategy)
     unknown = dict.fromkeys(("tokenizer", "data", "schedule"))
     return JobSpec(loaded, strategy, settled.batch, settled.max_grad_norm, read_facts(loaded), **unknown)
 

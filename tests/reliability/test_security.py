@@ -466,14 +466,14 @@ def test_a_word_that_is_a_secret_in_one_shell_only_is_no_difference():
 
 
 def test_a_traceback_is_clean(monkeypatch, capsys):
-    from finetune.process.exit_status import guarded
+    from finetune.process.exit_status import run_guarded
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     def fails() -> None:
         raise ValueError(os.environ["HF_TOKEN"])
 
-    assert guarded(fails) == 1
+    assert run_guarded(fails) == 1
     said = capsys.readouterr().err
     assert "ValueError: ***" in said and TOKEN not in said
     with pytest.raises(ValueError, match=TOKEN):
