@@ -15,15 +15,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "finetune"
+from tests.support.rooms import PACKAGE, ROOMS, ROOT
+
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A file imports from its own room and from rooms before it in this line.
-ROOMS = (
-    *("errors", "objectives", "report", "recipe", "process", "batching", "data", "launch", "model", "engine"),
-    *("memory", "checkpoint", "training", "commands", "train", "__main__"),
-)
 TORCH_FREE_ROOMS = ("errors", "recipe", "process", "batching", "launch")
 TORCH_FREE = (
     *("report.redact", "report.run_folder", "report.console", "checkpoint.manifest", "checkpoint.snapshots"),
@@ -227,6 +222,18 @@ def test_broad_handlers_raise_again_or_say_why():
             if node.type is not None and "ImportError" in ast.unparse(node.type) and name_of(file) != "model.facts":
                 wrong.append(f"{place(file, node.lineno)}: optional imports are resolved in model/facts.py")
     assert not wrong, wrong
+
+
+def test_scripts_use_what_tests_share_and_tests_import_no_script():
+    wrong = [
+        f"{place(file, line)}: {name}"
+        for folder, allowed in (("tests", ("finetune", "tests")), ("scripts", ("finetune", "tests.support", "scripts")))
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in imports(file)
+        if name.split(".")[0] in ("finetune", "tests", "scripts")
+        and not any(name == each or name.startswith(f"{each}.") for each in allowed)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_page_of_the_architecture_is_what_the_code_says():

@@ -26,23 +26,14 @@ import psutil
 from packaging.version import Version
 
 from finetune.launch.start import free_port
-from finetune.launch.strategy import Strategy
-from scripts.benchmarks.deepspeed_known import GOOD_DEEPSPEED, KNOWN_BAD, known_of
+from tests.support.deepspeed_versions import GOOD_DEEPSPEED, KNOWN_BAD, LAYOUTS, agrees, cell, told, verdict
 from tests.support.launch import environment, launch_file
 from tests.support.tiny_models import small_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
 VERSIONS = "0.16.9,0.17.6,0.18.2,0.18.3,0.18.5,0.18.7,0.18.9,0.19.0,0.19.3,0.19.8"
-LAYOUTS = {  # (ZeRO stage, optimizer offload, parameter offload)
-    "ZeRO-1": (1, "none", "none"),
-    "ZeRO-2": (2, "none", "none"),
-    "ZeRO-1 + CPU offload": (1, "cpu", "none"),
-    "ZeRO-2 + CPU offload": (2, "cpu", "none"),
-    "ZeRO-3 + CPU offload": (3, "cpu", "cpu"),
-}
 LAUNCH_SECONDS = 600
-EXACT_WEIGHTS, EXACT_NORM = 1e-6, 1e-5  # relative: four AdamW steps, and a gradient norm, in float32
 
 
 def main() -> int:
@@ -162,51 +153,6 @@ def run_case(version: str, layout: str, recipe: Path, folder: Path) -> dict:
     }
 
 
-def verdict(measured: dict) -> str:
-    """ "exact", "wrong", "crashes" or "unknown" for one way of accumulating."""
-    if "unknown" in measured:
-        return "unknown"
-    if "crash" in measured:
-        return "crashes"
-    exact = measured["weight_difference"] <= EXACT_WEIGHTS and all(
-        abs(r - 1) <= EXACT_NORM for r in measured["norm_ratios"]
-    )
-    return "exact" if exact else "wrong"
-
-
-def agrees(row: dict) -> bool:
-    """Whether start-up check, `finetune verify` and KNOWN_BAD all say what was measured."""
-    measured = verdict(row.get("ours", row))
-    stage, optimizer, parameters = LAYOUTS[row["layout"]]
-    strategy = Strategy("table", "deepspeed", 2, 1, "no", True, stage, optimizer, parameters)
-    said = {
-        row.get("selfcheck", {}).get("caught"),
-        row.get("verify", {}).get("caught"),
-        bool(known_of(row["version"], strategy)),
-    }
-    return measured == "unknown" or said == {measured != "exact"}
-
-
-def told(row: dict) -> str:
-    """What the start-up check and `finetune verify` say, in one cell."""
-    if "unknown" in row:
-        return row["unknown"]
-    check, verify = row["selfcheck"], row["verify"]
-    said = "crashes" if "crash" in check else "refuses" if check.get("caught") else "passes"
-    status = (
-        "crashes" if "crash" in verify else f"status {verify['exit_status']}" if "exit_status" in verify else "unknown"
-    )
-    return f"{said}, {status}"
-
-
-def cell(measured: dict) -> str:
-    """Weight difference, in bold and with the gradient norm when wrong."""
-    if verdict(measured) in ("unknown", "crashes"):
-        return f"**{verdict(measured)}**"
-    difference = f"{measured['weight_difference']:.1e}"
-    return difference if verdict(measured) == "exact" else f"**{difference}** (norm x {measured['norm_ratios'][0]:.2f})"
-
-
 def table(rows: list[dict], text) -> list[str]:
     """Markdown lines: a line per version, a column per layout, `text(row)` in the cells."""
     lines = ["| DeepSpeed | " + " | ".join(LAYOUTS) + " |", "|---" * (len(LAYOUTS) + 1) + "|"]
@@ -282,7 +228,7 @@ def page(results: dict) -> str:
             "## The errors",
             "",
             (
-                f"As `KNOWN_BAD` in `scripts/benchmarks/deepspeed_known.py` has them; {GOOD_DEEPSPEED} and later"
+                f"As `KNOWN_BAD` in `tests/support/deepspeed_versions.py` has them; {GOOD_DEEPSPEED} and later"
                 " are exact. The links are upstream's reports and repairs; releases between those of the tables were"
                 " not run."
             ),

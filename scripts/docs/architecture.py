@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.test_shape import PACKAGE, ROOMS, ROOT
+from tests.support.rooms import PACKAGE, ROOMS, ROOT
 
 PAGE = ROOT / "docs" / "architecture.md"
 PROSE = Path(__file__).with_suffix(".md")
