@@ -145,9 +145,9 @@ def test_a_full_disk_costs_a_warning_and_not_the_run(recipe, whole, tmp_path):
     done = subprocess.run(
         program, env=environment(), preexec_fn=small_files, capture_output=True, text=True, timeout=300
     )
-    assert "warning: no checkpoint of step 2" in done.stderr and "tried again at step 3" in done.stderr, done.stderr[
-        -3000:
-    ]
+    assert "warning: no checkpoint of step 2" in done.stderr and "the next attempt is at step 3" in done.stderr, (
+        done.stderr[-3000:]
+    )
     assert len(losses(output)) == 5
     assert not list((output / "checkpoints").glob("step-*"))
 
