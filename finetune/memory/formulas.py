@@ -63,12 +63,13 @@ def saved_optimizer_bytes(sizes: Iterable[int], optim: str) -> int:
 
 def checkpoint_bytes(weights: Weights, optim: str, strategy: Strategy) -> float:
     """One checkpoint on disk, over all ranks: the trained weights and the optimizer's states. DeepSpeed saves the
-    weights twice, in the compute type and in float32.
+    float32 copy; below ZeRO-3 rank 0 adds the weights in the compute type (mp_rank_00_model_states.pt).
     """
     trained = [weight for weight in weights.all if weight.trained]
     states = saved_optimizer_bytes((w.elements for w in trained), optim)
     if strategy.engine == "deepspeed":
-        return (compute_bytes(strategy) + 4) * weights.trained_elements + states
+        copies = 4 + (compute_bytes(strategy) if strategy.zero_stage < 3 else 0)
+        return copies * weights.trained_elements + states
     return sum(w.elements * w.bytes_each for w in trained) + states
 
 

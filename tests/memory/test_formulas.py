@@ -130,8 +130,9 @@ def test_checkpoints_on_disk_by_hand():
     # 1100 trained: weights 4400, moments 8800 + 4 tensors' steps 16; three of them with save_total_limit 2; exported in
     # bf16: 2200
     assert checkpoint_bytes(SMALL, "adamw", one_process()) == 4400 + 8816
-    # DeepSpeed: 1100 elements in bf16 and in float32, and their moments
+    # DeepSpeed: 1100 elements in float32 and, below ZeRO-3, in bf16, and their moments
     assert checkpoint_bytes(SMALL, "adamw", zero(2, "none", ranks=2)) == 2200 + 4400 + 8816
+    assert checkpoint_bytes(SMALL, "adamw", zero(3, "none", ranks=2)) == 4400 + 8816
     assert exported_bytes(SMALL, "bfloat16") == 2200
     # adapters: the base is not in a checkpoint, and they are exported as they are
     lora = Weights((Weight("base.weight", 10000, False, 2), Weight("a.weight", 100, True, 4)))
