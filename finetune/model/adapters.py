@@ -1,4 +1,4 @@
-"""LoRA adapters and 4-bit base weights."""
+"""LoRA adapters, and the 4-bit weights that they sit on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_adapters(model: nn.Module, loaded: LoadedRecipe) -> nn.Module:
+    """The model with the recipe's LoRA adapters in place. Raises UserError where it has none of the target modules."""
     from peft import LoraConfig, get_peft_model
 
     lora, revision = loaded.recipe.lora, loaded.recipe.model.revision
@@ -40,6 +41,7 @@ def add_adapters(model: nn.Module, loaded: LoadedRecipe) -> nn.Module:
 
 
 def nf4_config(strategy: Strategy) -> BitsAndBytesConfig:
+    """NF4 with double quantisation; layers compute in the launch's precision."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

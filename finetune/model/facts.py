@@ -58,6 +58,7 @@ def read_facts(loaded: LoadedRecipe) -> ModelFacts:
 
 
 def read_config(loaded: LoadedRecipe) -> PretrainedConfig:
+    """The config of the recipe's model, as transformers reads it."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(loaded.recipe.model.name_or_path, **source_options(loaded))
@@ -72,8 +73,8 @@ def source_options(loaded: LoadedRecipe) -> dict:
 
 @contextlib.contextmanager
 def optional_packages() -> Iterator[None]:
-    """What transformers reads inside may want a package that is not installed (an attention kernel, what a model's own
-    code imports): that is then a ValueError with its advice, like everything else that is wrong with a model.
+    """Turns the ImportError of a package that is not installed (an attention kernel, what a model's own code imports)
+    into a ValueError with its advice, like everything else that is wrong with a model.
     """
     try:
         yield
@@ -82,6 +83,7 @@ def optional_packages() -> Iterator[None]:
 
 
 def not_loadable(loaded: LoadedRecipe, what: str, error: Exception) -> str:
+    """The message for a part of a model (its config, tokenizer or weights) that cannot be loaded."""
     name = loaded.recipe.model.name_or_path
     if "trust_remote_code" in str(error) and not loaded.recipe.model.trust_remote_code:
         return (

@@ -46,8 +46,8 @@ def outline(loaded: LoadedRecipe, model_facts: ModelFacts, layers: int | None = 
 
 
 def repeats(config: PretrainedConfig) -> int:
-    """After how many layers a model's (text) config says the same again: 1 for most, 6 for five sliding windows and a
-    full attention.
+    """After how many layers a model's (text) config repeats itself: 1 for most, 6 for five layers of sliding windows
+    and one of full attention.
     """
     depth = config.num_hidden_layers
     lists = [list(value) for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == depth]

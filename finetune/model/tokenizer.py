@@ -1,4 +1,4 @@
-"""The model's tokenizer: loading, padding, the tokens that end an answer, the vocabulary that data need."""
+"""The model's tokenizer: loading, padding, the tokens that end an answer, the vocabulary that the data needs."""
 
 from __future__ import annotations
 
