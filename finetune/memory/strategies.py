@@ -166,8 +166,7 @@ def _in_words(settled: Resolved, scenario: Scenario) -> str:
             f" x K={steps} x {count(smaller.ranks, 'rank')} = {smaller.global_batch_rows} rows per step as before, the"
             " same update"
         )
-    file = launch_file_of(scenario.strategy)
-    launch = f"launch with accelerate_configs/{file}" if file else f"use zero_stage: {scenario.strategy.zero_stage}"
+    launch = _launch_in_words(scenario.strategy)
     return {
         CHECKPOINTING: "set training.gradient_checkpointing to true: activations are computed again instead of kept",
         "ZeRO-2": f"{launch}: the ranks share gradients and optimizer states",
@@ -177,6 +176,14 @@ def _in_words(settled: Resolved, scenario: Scenario) -> str:
         "LoRA": "train adapters (a lora section)",
         "QLoRA": "hold the base in 4 bits (a lora section and model.load_in_4bit: true)",
     }.get(scenario.name, "")
+
+
+def _launch_in_words(strategy: Strategy) -> str:
+    if file := launch_file_of(strategy):
+        return f"launch with accelerate_configs/{file}"
+    offload = {"optimizer": strategy.offload_optimizer, "param": strategy.offload_param}
+    lines = [f"offload_{what}_device to {target}" for what, target in offload.items() if target != "none"]
+    return f"set {' and '.join([f'zero_stage to {strategy.zero_stage}', *lines])} in the launch file"
 
 
 def first_that_fits(inputs: PlanInputs) -> list[Outcome]:

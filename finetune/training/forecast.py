@@ -156,9 +156,9 @@ def _row(ours: float, theirs: float, error: float) -> str:
     return f"{human_bytes(ours)} predicted, {human_bytes(theirs)} measured ({error:+.1%})"
 
 
-def settled_of(plan: JobSpec) -> Resolved:
-    """Recipe, launch and batch of a plan as it will run here: on the CPU where there is nothing else."""
-    strategy = dataclasses.replace(plan.strategy, use_cpu=not has_accelerator())
+def resolved_of(plan: JobSpec, on_cpu: bool) -> Resolved:
+    """Recipe, launch and batch of a plan as it runs, for the mitigations."""
+    strategy = dataclasses.replace(plan.strategy, use_cpu=on_cpu)
     return Resolved(plan.loaded, strategy, plan.batch, plan.max_grad_norm)
 
 
@@ -179,16 +179,22 @@ class Place:
 
 
 def refuse_what_cannot_fit(
-    plan: JobSpec, found: Estimate, say: Callable[[str], None], memory: HostMemory | None = None
+    plan: JobSpec,
+    found: Estimate,
+    say: Callable[[str], None],
+    memory: HostMemory | None = None,
+    device_bytes: int | None = None,
 ) -> None:
     """Before weights are read: raises UserError where a device or the host surely has too little memory, and warns
-    where it may have."""
-    for place in _places(plan, found, memory or host_memory()):
+    where it may have. `memory` and `device_bytes`: what there is; None asks this machine."""
+    device = 0 if found.on_cpu else device_bytes or device_limit_bytes()
+    for place in _places(plan, found, memory or host_memory(), device):
         need, refused = place.need, place.need.low > place.limit_bytes + place.swap_bytes
         if not refused and need.expected <= place.limit_bytes:
             continue
         part, items = max(place.parts.items(), key=lambda pair: sum(pair[1].values()))
-        largest = [f"{item} {gib(size)}" for item, size in items.items() if size > 0.01 * sum(items.values())]
+        by_size = sorted(items.items(), key=lambda pair: -pair[1])
+        largest = [f"{item} {gib(size)}" for item, size in by_size if size > 0.01 * sum(items.values())]
         size, word = (need.low, "at least") if refused else (need.expected, "about")
         text = (
             f"{plan.loaded.location(place.key)}: {place.key} is {_value(plan.loaded, place.key)}: this run needs {word}"
@@ -201,15 +207,14 @@ def refuse_what_cannot_fit(
         say(f"warning: {text} It may run out of memory.{advice}")
 
 
-def _places(plan: JobSpec, found: Estimate, memory: HostMemory) -> Iterator[Place]:
-    settled = settled_of(plan)
-    fewer = [words] if (words := fewer_activations(settled)) else []
+def _places(plan: JobSpec, found: Estimate, memory: HostMemory, device_bytes: int) -> Iterator[Place]:
+    resolved = resolved_of(plan, found.on_cpu)
+    fewer = [words] if (words := fewer_activations(resolved)) else []
     if not found.on_cpu:
-        key, limit = "training.per_device_train_batch_size", device_limit_bytes()
-        changes = [*fewer, *less_to_hold(settled, on_host=False)]
-        need, parts = found.device_needed, found.parts["device"]
-        yield Place("device", key, need, parts, 1, limit, f"{gib(limit)} GiB", changes)
-    changes = [*(fewer if found.on_cpu else []), *less_to_hold(settled, on_host=True)]
+        key, need, parts = "training.per_device_train_batch_size", found.device_needed, found.parts["device"]
+        changes = [*fewer, *less_to_hold(resolved, on_host=False)]
+        yield Place("device", key, need, parts, 1, device_bytes, f"{gib(device_bytes)} GiB", changes)
+    changes = [*(fewer if found.on_cpu else []), *less_to_hold(resolved, on_host=True)]
     changes.append("use a smaller model, more machines, or a higher memory limit")
     need, parts, ranks = host_range(found, plan.strategy), found.parts["host"], plan.strategy.local_ranks
     key, limit, swap = "model.name_or_path", memory.limit_bytes, swap_bytes()

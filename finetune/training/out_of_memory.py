@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from finetune.engine.devices import device_limit_bytes
+from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.engine.engine import Engine
 from finetune.engine.memory_use import is_out_of_memory, memory_by_category, of_the_device, tried_bytes
 from finetune.errors import OutOfMemory
@@ -13,7 +13,7 @@ from finetune.memory.strategies import fewer_activations, less_to_hold
 from finetune.process import heartbeat
 from finetune.process.host_memory import host_memory
 from finetune.report.text import human_bytes
-from finetune.training.forecast import settled_of
+from finetune.training.forecast import resolved_of
 from finetune.training.job import JobSpec
 
 # of the memory: what parameters, gradients and optimizer states take for a smaller micro-batch to be no help
@@ -57,8 +57,8 @@ def _message(plan: JobSpec, engine: Engine | None, error: BaseException) -> str:
 
 def _change(plan: JobSpec, device: bool, mostly_held: bool) -> str:
     """The smallest change that helps, in the order of the mitigations; none changes the global batch."""
-    settled = settled_of(plan)
-    if not mostly_held and (device or settled.strategy.use_cpu) and (first := fewer_activations(settled)):
+    resolved = resolved_of(plan, on_cpu=not has_accelerator())
+    if not mostly_held and (device or resolved.strategy.use_cpu) and (first := fewer_activations(resolved)):
         return f"{first[0].upper()}{first[1:]}."
-    changes = [*less_to_hold(settled, not device), f"lower data.max_length ({plan.loaded.recipe.data.max_length})"]
+    changes = [*less_to_hold(resolved, not device), f"lower data.max_length ({plan.loaded.recipe.data.max_length})"]
     return f"Change one of: {'; '.join(changes)}."

@@ -135,12 +135,33 @@ def test_too_much_is_refused_with_its_source_and_the_changes_that_help_and_perha
     (text,) = refused.value.messages
     figures = r"this run needs at least [\d.]+ GiB of host memory \(2 ranks x [\d.]+ GiB, most at the [\w ]+: .*"
     assert re.search(figures + r"parameters [\d.]+.*\); the limit is [\d.]+ GiB \(a test\)\.", text), text
-    assert "the ranks share gradients and optimizer states; " in text and "train adapters (a lora section)" in text
+    assert (
+        "set zero_stage to 2 in the launch file: the ranks share gradients and optimizer states; " in text
+        and "train adapters (a lora section)" in text
+    )
     assert "offload" not in text and "finetune plan" in text and said == []
     refuse_what_cannot_fit(plan, found, said.append, HostMemory(int(need.high) + GIB, "a test"))
     assert said == []
     refuse_what_cannot_fit(plan, found, said.append, HostMemory(int(need.expected) - GIB // 2, "a test"))
     assert len(said) == 1 and said[0].startswith("warning: ") and "this run needs about" in said[0]
+
+
+def test_a_device_that_is_too_small_is_refused_with_changes_that_help_there(billion):
+    plan, plenty = plan_of(billion, "zero2.yaml"), HostMemory(2**50, "a test")
+    found, said = estimated(plan, on_cpu=False), []
+    with pytest.raises(UserError) as refused:
+        refuse_what_cannot_fit(plan, found, said.append, plenty, device_bytes=int(found.device.low) - GIB // 8)
+    (text,) = refused.value.messages
+    assert re.search(r"this run needs at least [\d.]+ GiB of device memory \(1 rank x [\d.]+ GiB, most at the ", text)
+    for change in (
+        "zero3.yaml: the ranks share",
+        "offload_optimizer_device to cpu in the launch file: gradients and",
+    ):
+        assert change in text
+    assert said == []
+    close = int(found.device_needed.expected) - GIB // 8
+    refuse_what_cannot_fit(plan, found, said.append, plenty, device_bytes=close)
+    assert len(said) == 1 and "this run needs about" in said[0]
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused_and_for_fewer_than_asked_is_a_warning(small, tmp_path):
