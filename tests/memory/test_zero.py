@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.engine.deepspeed.buffers import derive_settings, fill_in, filled_in
+from finetune.engine.deepspeed.buffers import derive_settings, fill_in
 from finetune.engine.deepspeed.compile import op_is_built
 from finetune.launch.strategy import Strategy
 from finetune.memory.resident import Resident
@@ -24,6 +24,7 @@ from finetune.model.parameters import Weight, Weights
 from finetune.recipe.load import load_recipe
 from tests.support import tiny_models
 from tests.support.launch import free_port, program, run
+from tests.support.zero_settings import filled_in
 
 CLOSE = 0.10
 ENGINES = {

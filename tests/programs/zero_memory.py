@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.engine.deepspeed.buffers import fill_in, filled_in
+from finetune.engine.deepspeed.buffers import fill_in
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.optimizer import make_optimizer
 from finetune.engine.settings import EngineSettings
@@ -33,6 +33,7 @@ from finetune.model.parameters import Weights
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 from finetune.training.one_batch_reference import relative
+from tests.support.zero_settings import filled_in
 
 ROWS, TOKENS = 2, 32
 references: dict[tuple[str, str], dict[str, torch.Tensor]] = {}

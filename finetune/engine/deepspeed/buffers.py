@@ -90,13 +90,3 @@ def fill_in(zero_optimization: dict[str, Any], settings: Mapping[str, int]) -> N
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
         (zero_optimization.setdefault(section, {}) if section else zero_optimization).setdefault(name, value)
-
-
-def filled_in(zero_optimization: Mapping[str, Any]) -> dict[str, int]:
-    """The other way round: the settings of `derive_settings` that a DeepSpeed section holds."""
-    flat = {
-        f"{section}.{name}": value
-        for section in ("offload_optimizer", "offload_param")
-        for name, value in (zero_optimization.get(section) or {}).items()
-    }
-    return {key: value for key, value in (dict(zero_optimization) | flat).items() if isinstance(value, int)}
