@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.quickstart.instructions import DEFAULT_OUTPUT
+from tests.support.function_calls import is_right
 
 ROWS = 20  # questions that are answered at the same time
 MAX_NEW_TOKENS = 48  # the longest right answer has 40
@@ -41,14 +42,6 @@ def main() -> None:
     print(f"right answers to the held-out questions: {right} of {len(chats)}")
     if arguments.output:
         arguments.output.write_text(json.dumps({"right": right, "asked": len(chats)}) + "\n", encoding="utf-8")
-
-
-def is_right(answer: str, expected: str) -> bool:
-    """Whether both texts are JSON and say the same call."""
-    try:
-        return json.dumps(json.loads(answer), sort_keys=True) == json.dumps(json.loads(expected), sort_keys=True)
-    except json.JSONDecodeError:
-        return False
 
 
 def answers(model: str, questions: list[str]) -> Iterator[str]:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.exact_table import AGAINST_FLOAT32, AGAINST_THE_ENGINE, KINDS, KS, LAUNCHES, Launch
-from tests.support.launch import accelerate, launch_file, program
+from tests.support.forked import accelerate
+from tests.support.launch import launch_file, program
 from tests.support.tiny_models import small_recipe
 
 pytestmark = pytest.mark.slow

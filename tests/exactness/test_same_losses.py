@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from finetune.launch.start import free_port
-from tests.support.launch import CONFIGS, ROOT, environment, launch_file, run, train
+from tests.support.forked import run, train
+from tests.support.launch import CONFIGS, ROOT, environment, launch_file
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,8 @@ from finetune.engine.scale_check import judge
 from finetune.launch.strategy import Strategy
 from tests.support import deepspeed_versions as measured
 from tests.support.deepspeed_versions import KNOWN_BAD, known_of
-from tests.support.launch import ROOT, accelerate, launch_file, program, run
+from tests.support.forked import accelerate
+from tests.support.launch import ROOT, launch_file, program, run
 
 ENGINES = {
     "one rank": dict(ranks=1),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import launch_file, train
+from tests.support.forked import train
+from tests.support.launch import launch_file
 from tests.support.tiny_models import small_recipe
 
 CASES = {  # name: (overrides, launch file)

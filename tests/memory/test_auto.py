@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from finetune.batching.layout import largest_micro_batches, split_into_micro_batches
-from tests.support.launch import ROOT, free_port, launch_file, program, run, train
+from tests.support.forked import accelerate, run, train
+from tests.support.launch import ROOT, launch_file, program
 from tests.support.tiny_models import small_recipe
 
 AUTO = [
@@ -109,22 +110,8 @@ def test_a_device_that_disagrees_gets_the_next_smaller_micro_batch_and_the_same_
 
 @pytest.mark.slow
 def test_ranks_that_would_choose_different_micro_batches_are_refused_before_weights_are_read(small, tmp_path):
-    done = run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            str(free_port()),
-            *program("unequal_devices"),
-            small,
-            *AUTO,
-            f"output_dir={tmp_path / 'run'}",
-        ],
-        timeout=120,
-    )
+    file, output = launch_file(tmp_path / "launch.yaml", 2), f"output_dir={tmp_path / 'run'}"
+    done = accelerate(file, *program("unequal_devices"), small, *AUTO, output, timeout=120)
     assert done.returncode != 0
     assert re.search(
         r"the ranks' devices differ: they would take \[1, [234]\] rows per micro-batch. Set training.device_memory",

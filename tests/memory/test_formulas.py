@@ -32,7 +32,8 @@ from finetune.memory.offload_traffic import (
 )
 from finetune.memory.resident import ITEMS
 from finetune.model.parameters import Weight, Weights
-from tests.support.launch import accelerate, launch_file, program, run
+from tests.support.forked import accelerate, run
+from tests.support.launch import launch_file, program
 from tests.support.tiny_models import small_recipe
 
 GIB = 2**30

@@ -12,7 +12,8 @@ from finetune.engine.storages import StorageTracker, pretending
 from finetune.memory.trace import MicroBatchShape, Precision, profile, trace
 from finetune.model.facts import read_facts
 from finetune.recipe.load import load_recipe
-from tests.support.launch import ROOT, program, run
+from tests.support.forked import run
+from tests.support.launch import ROOT, program
 from tests.support.tiny_models import FAMILIES, small_recipe
 
 

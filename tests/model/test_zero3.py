@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.support.launch import accelerate, launch_file, program
+from tests.support.forked import accelerate
+from tests.support.launch import launch_file, program
 from tests.support.tiny_models import small_recipe
 
 pytestmark = pytest.mark.slow

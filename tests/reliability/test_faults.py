@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TRAIN, environment, program, run
+from tests.support.forked import run
+from tests.support.launch import TRAIN, environment, program
 from tests.support.tiny_models import small_recipe
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,8 @@ from finetune.process.host_memory import GIB, HostMemory, host_memory, swap_byte
 from finetune.recipe.load import load_recipe
 from finetune.training.forecast import refuse_what_cannot_fit
 from finetune.training.job import JobSpec
-from tests.support.launch import CONFIGS, TRAIN, program, run
+from tests.support.forked import run
+from tests.support.launch import CONFIGS, TRAIN, program
 from tests.support.tiny_models import small_recipe
 
 

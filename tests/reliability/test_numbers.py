@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.launch import accelerate, launch_file, program
+from tests.support.forked import accelerate
+from tests.support.launch import launch_file, program
 from tests.support.tiny_models import small_recipe
 
 pytestmark = pytest.mark.slow

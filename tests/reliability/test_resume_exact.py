@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import TRAIN, accelerate, launch_file
+from tests.support.forked import accelerate
+from tests.support.launch import TRAIN, launch_file
 from tests.support.resume_table import KILLED, KILLED_AT, RUNS, cross, differences, logged, overrides_of
 from tests.support.tiny_models import small_recipe
 

@@ -34,7 +34,8 @@ from finetune.model.tokenizer import load_tokenizer
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 from finetune.report import redact, run_folder
-from tests.support.launch import ROOT, environment, launch_file, program, run, train
+from tests.support.forked import run, train
+from tests.support.launch import ROOT, environment, launch_file, program
 from tests.support.saved_runs import COMMON
 from tests.support.tiny_models import small_recipe, tiny_model
 

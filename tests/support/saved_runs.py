@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.launch import launch_file, train
+from tests.support.forked import train
+from tests.support.launch import launch_file
 from tests.support.tiny_models import small_recipe
 
 COMMON = ("training.max_steps=4", "checkpoint.save_steps=2", "evaluation.eval_steps=2")

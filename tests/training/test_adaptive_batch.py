@@ -19,7 +19,8 @@ from finetune.model.load import load_model
 from finetune.objectives.sft import sft_loss, trained_tokens
 from finetune.recipe.load import load_recipe
 from finetune.training.job import prepare
-from tests.support.launch import launch_file, train
+from tests.support.forked import train
+from tests.support.launch import launch_file
 from tests.support.tiny_models import small_recipe
 
 LAUNCHES = {
