@@ -1,4 +1,4 @@
-"""The norm of a gradient on the CPU, and the gradient scaled down to it."""
+"""Gradient clipping on the CPU; on GPUs native.py calls accelerate, and under ZeRO DeepSpeed clips by itself."""
 
 from __future__ import annotations
 

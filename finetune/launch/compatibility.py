@@ -1,5 +1,7 @@
 """The table of incompatible settings, recipe x launch file; docs/compatibility.md is printed from it. Torch-free.
 
+Rows about the recipe alone stand in finetune/recipe/rules.py.
+
 A row says when it holds, why, and the nearest combination that works. Whoever starts something asks `refusals` first.
 """
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: from the launch file, the recipe and the model's size."""
+"""DeepSpeed's configuration from launch file, recipe and model size: clipping, float32 gradient buffers, offload."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def without_reduction(prepared: Prepared) -> contextlib.AbstractContextManager:
 
 
 def end_window(prepared: Prepared) -> tuple[float, bool]:
-    """Clip, step and clear the gradients; the norm before clipping, and whether the step was applied."""
+    """The norm before clipping, and whether the step was applied: accelerate's backward has clipped and stepped."""
     engine = _engine(prepared)
     norm = float(prepared.accelerator.deepspeed_engine_wrapped.get_global_grad_norm())
     applied = bool(engine.was_step_applied())
