@@ -1,5 +1,4 @@
-"""Decides whether a checkpoint is whole: manifest.json, its writing, and the comparison with what is there.
-"""
+"""Decides whether a checkpoint is whole: manifest.json, its writing, and the comparison with what is there."""
 
 from __future__ import annotations
 
