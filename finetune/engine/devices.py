@@ -9,6 +9,8 @@ import sys
 import psutil
 import torch
 
+from finetune.report.text import count
+
 
 def has_accelerator() -> bool:
     """Whether torch sees a device other than the CPU."""
@@ -21,7 +23,7 @@ def device_name() -> str:
         module = torch.get_device_module(torch.accelerator.current_accelerator())
         return module.get_device_name() if hasattr(module, "get_device_name") else str(module.__name__)
     threads = torch.get_num_threads()
-    return f"CPU ({threads} thread{'s' if threads != 1 else ''})"
+    return f"CPU ({count(threads, 'thread')})"
 
 
 def device_limit_bytes() -> int:

@@ -29,12 +29,12 @@ NOT_LOGGED = ("position", "stop", "save")  # of a StepResult: for the loop alone
 
 
 def run_loop(
-    job: Job, files: RunFiles, console: Console, progress: Progress, facts: dict, wishes: Callable[[], Requests]
+    job: Job, files: RunFiles, console: Console, progress: Progress, facts: dict, requests: Callable[[], Requests]
 ) -> Progress:
     """Train from `progress` to the end and return the progress there.
 
-    `wishes` are what this rank was asked for. Raises StopRequested when one was asked to stop, after saving, and
-    Diverged.
+    `requests` tells what this rank was asked for: to stop, to save. Raises StopRequested when one was asked to stop,
+    after saving, and Diverged.
     """
     training = job.plan.loaded.recipe.training
     started = time.time() - progress.seconds
@@ -43,7 +43,7 @@ def run_loop(
         progress = _evaluated(job, files, console, progress)
     console.start_bar(job.schedule.planned_steps, progress.position.step)
     before: deque[Position] = deque(maxlen=loss_spike.IN_A_ROW)  # where the last applied windows began
-    for result in train(job, progress.position, wishes):
+    for result in train(job, progress.position, requests):
         if result.applied:
             before.append(progress.position)
         progress = _after(progress, result, time.time() - started)
@@ -57,7 +57,7 @@ def run_loop(
         save_at = _save_if_due(job, files, console, progress, facts, result, save_at, outliers)
     console.end_bar()
     progress = _evaluated(job, files, console, dataclasses.replace(progress, seconds=time.time() - started))
-    if job.engine.all_reduce_sum(wishes().stop)[0]:
+    if job.engine.all_reduce_sum(requests().stop)[0]:
         raise StopRequested(_stopped(progress.position.step, "is the last; the model is still to be written"))
     return progress
 

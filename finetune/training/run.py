@@ -158,10 +158,10 @@ def _train_and_export(job: Job, files: RunFiles, console: Console, facts: dict, 
     model_dir = files.output_dir / "model"
     seconds = job.plan.loaded.recipe.training.step_timeout_seconds
     with (
-        stop_signals(files.output_dir) as wishes,
+        stop_signals(files.output_dir) as requests,
         watching(seconds, lambda code, message: files.update(status="failed", exit_code=code, message=message)),
     ):
-        progress = run_loop(job, files, console, progress, facts, wishes)
+        progress = run_loop(job, files, console, progress, facts, requests)
         heartbeat.update("writing the model", slow=True)
         console.say("writing the model ...")
         export_model(job.engine, job.plan.tokenizer, job.plan.facts.export_dtype, model_dir)

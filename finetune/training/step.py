@@ -52,21 +52,23 @@ class StepResult:
     save: bool  # whether one was asked for a checkpoint
 
 
-def train(job: Job, position: Position = Position(), wishes: Callable[[], Requests] = Requests) -> Iterator[StepResult]:
-    """Train from `position` until the schedule ends, yielding after every window; `wishes` are what this rank was asked
-    for.
+def train(
+    job: Job, position: Position = Position(), requests: Callable[[], Requests] = Requests
+) -> Iterator[StepResult]:
+    """Train from `position` until the schedule ends, yielding after every window.
 
-    Raises Diverged after a few windows in a row that are not finite; each is skipped on every rank.
+    `requests` tells what this rank was asked for: to stop, to save. Raises Diverged after a few windows in a row that
+    are not finite; each is skipped on every rank.
     """
     job.engine.warm_up_ddp_buckets(job.collate(job.train_rows, ()))
     while not job.schedule.finished(position.step, position.applied_rows) and (window := job.next_window(position)):
-        result = train_window(job, window, position, wishes)
+        result = train_window(job, window, position, requests)
         position = result.position
         yield result
         _refuse_divergence(job, result, window)
 
 
-def train_window(job: Job, window: Window, position: Position, wishes: Callable[[], Requests]) -> StepResult:
+def train_window(job: Job, window: Window, position: Position, requests: Callable[[], Requests]) -> StepResult:
     """One window: count its trained tokens over all ranks, then accumulate its micro-batches into one step."""
     started = time.perf_counter()
     engine = job.engine
@@ -88,7 +90,7 @@ def train_window(job: Job, window: Window, position: Position, wishes: Callable[
         if watch:
             watch.end_micro_batch(trained_tokens(micro_batch))
     noise = _measure_noise(job, position, watch, tokens, len(window.rows)) if watch else position.noise
-    asked = wishes()
+    asked = requests()
     loss, stops, saves = engine.all_reduce_sum(summed_loss / tokens, asked.stop, asked.save)
     return StepResult(
         step=position.step + engine.applied,

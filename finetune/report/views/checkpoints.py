@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.report.text import human_bytes, human_seconds
+from finetune.report.text import count, human_bytes, human_seconds
 
 COLUMNS = {
     "step": "step",
@@ -79,7 +79,7 @@ def _cell(key: str, value: float | None) -> str:
 def _writer(entry: Mapping) -> str:
     if entry["engine"] is None:
         return "-"
-    several = f"{entry['ranks']} rank{'s' * (entry['ranks'] != 1)}"
+    several = count(entry["ranks"], "rank")
     plain = "one process" if entry["ranks"] == 1 else f"DDP, {several}"
     engine = f"ZeRO-{entry['zero_stage']}, {several}" if entry["engine"] == "DeepSpeed" else plain
     precision = {"no": "float32"}.get(entry["mixed_precision"], entry["mixed_precision"])

@@ -9,6 +9,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from finetune.report.text import count
+
 TRAINED, CONTEXT = "green", "dim"
 _STYLES = {  # (trained, special token)
     (True, False): TRAINED,
@@ -106,7 +108,7 @@ def _figures(document: Mapping) -> Table:
 def _count(rows: int, of_rows: int, note: str = "") -> str:
     if not rows:
         return "none"
-    return f"{rows:,} row{'s' if rows != 1 else ''} ({rows / max(of_rows, 1):.1%})" + (f" {note}" if note else "")
+    return f"{count(rows, 'row')} ({rows / max(of_rows, 1):.1%})" + (f" {note}" if note else "")
 
 
 def _histogram(lengths: Mapping) -> Group:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.report.text import human_bytes, human_seconds
+from finetune.report.text import count, human_bytes, human_seconds
 
 GIB = 2**30
 WIDEST = 140  # columns
@@ -47,7 +47,7 @@ def show(document: Mapping, console: Console | None = None) -> None:
 def _head(document: Mapping) -> Text:
     model, batch, launch, memory = (document[key] for key in ("model", "batch", "launch", "memory"))
     share = model["trained_parameters"] / model["parameters"]
-    ranks = f"{launch['ranks']} rank{'s' * (launch['ranks'] > 1)}"
+    ranks = count(launch["ranks"], "rank")
     numbers = {"no": "float32"}.get(launch["mixed_precision"], launch["mixed_precision"])
     there = {
         "device": _limit(memory["device_bytes"], memory["device_source"]),
@@ -133,7 +133,7 @@ def _legend(document: Mapping) -> list[str]:
         if less > 0:
             lines.append(
                 f"What it saves, {human_bytes(less)} against the whole batch at once, is the smaller micro-batch:"
-                f" {many['micro_batch_rows']} row{'s' * (many['micro_batch_rows'] > 1)} instead of"
+                f" {count(many['micro_batch_rows'], 'row')} instead of"
                 f" {whole['micro_batch_rows']}."
             )
     return lines
@@ -169,8 +169,7 @@ def _changes(document: Mapping) -> Text | None:
         lines = ["None of the known changes makes it fit.", *failed]
         if nearest:
             lines.append(
-                f"Nearest: {nearest['name']} with {nearest['micro_batch_rows']}"
-                f" row{'s' * (nearest['micro_batch_rows'] > 1)}: {_miss(nearest)}."
+                f"Nearest: {nearest['name']} with {count(nearest['micro_batch_rows'], 'row')}: {_miss(nearest)}."
             )
         return Text("\n".join(lines))
     rows, steps, ranks = change["micro_batch_rows"], change["accumulation_steps"], document["launch"]["ranks"]
@@ -182,7 +181,7 @@ def _changes(document: Mapping) -> Text | None:
     lines = [
         f"The cheapest change that makes it fit{paper}: {change['name']} ({need}; {WORDS[change['verdict']]})",
         (
-            f"  {rows} row{'s' * (rows > 1)} x K={steps} x {ranks} rank{'s' * (ranks > 1)} = {rows * steps * ranks}"
+            f"  {count(rows, 'row')} x K={steps} x {count(ranks, 'rank')} = {rows * steps * ranks}"
             f" rows per step, as before ({batch['global_batch_rows']}); {kept}"
         ),
     ]
