@@ -15,6 +15,12 @@ def saved_runs(tmp_path_factory):
     return SavedRuns(tmp_path_factory.mktemp("saved"))
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """Files with slow tests first: of two workers none then ends long before the other. Their order else stays."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Minutes per area (the folder in tests/), and what was skipped and why."""
     seconds: dict[str, float] = defaultdict(float)
