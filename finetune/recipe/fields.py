@@ -37,13 +37,13 @@ class ModelSection(Section):
     revision: NonEmpty = "main"
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models whose author you trust."""
+    """Run Python code that comes with the model. Use it only for models whose author you trust."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of frozen weights and of the exported folder; auto is the checkpoint's own. What is trained is float32."""
+    """Type of frozen weights and of the exported folder; auto is the checkpoint's own. Trained weights are float32."""
     attn_implementation: Attention = "auto"
     """Attention kernel; auto is the fastest that transformers finds without extra packages (sdpa if a model has it)."""
     load_in_4bit: bool = False
-    """QLoRA: hold the frozen base in 4 bits (bitsandbytes NF4, double quantisation). Needs a lora section."""
+    """QLoRA: keep the frozen base in 4 bits (bitsandbytes NF4, double quantisation). Needs a lora section."""
 
 
 class LoraSection(Section):
@@ -63,23 +63,23 @@ class SourceSection(Section):
     """One source of rows."""
 
     path: NonEmpty
-    """Local file (.jsonl, .json, .csv, .tsv, .parquet, .txt, also .gz), folder of them, or hub id (required)."""
+    """Local file (.jsonl, .json, .csv, .tsv, .parquet, .txt, also .gz), folder of such files, or hub id (required)."""
     split: NonEmpty = "train"
     """Split of a hub data set, or of a folder whose file names begin with train, test or validation."""
     subset: NonEmpty | None = None
     """Configuration of a hub data set that has several."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "text"] = "auto"
-    """What a row is; auto reads it off the columns. Of preference pairs the chosen answer is learned."""
+    """Format of a row; auto recognises it by the columns. Of preference pairs the chosen answer is learned."""
     columns: dict[NonEmpty, NonEmpty] = {}
-    """Other column names: {ours: theirs}, for example {prompt: question, completion: answer}."""
+    """Names of your columns: {our name: your name}, for example {prompt: question, completion: answer}."""
     system: NonEmpty | None = None
-    """System prompt for conversations that bring none."""
+    """System prompt for conversations that have none."""
     weight: float = Field(1.0, gt=0, le=1000)
-    """The source's rows times this per epoch: 2 takes each row twice, 0.5 a half that the seed chooses."""
+    """How often each row is taken per epoch: 2 takes it twice, 0.5 takes half of the rows, chosen by the seed."""
 
 
 class DataSection(Section):
-    """What is learned from, and how a row becomes tokens."""
+    """The data to learn from, and how a row becomes tokens."""
 
     train: Annotated[list[SourceSection], Field(min_length=1)]
     """Sources of the training rows, in order (required)."""
@@ -90,23 +90,23 @@ class DataSection(Section):
     max_length: int = Field(2048, ge=2)
     """Tokens per row at most; longer rows are truncated."""
     packing: Literal[False] = False
-    """Lay rows out without padding. Not available yet: false is the only value."""
+    """Put rows into micro-batches without padding. Not available yet: false is the only value."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
-    """Tokens that are trained: the assistant's turns with their end, only the last answer, or every token.
-    Plain text is always trained whole.
+    """Tokens that are trained: all assistant turns with their end-of-turn token, only the last turn, or every token.
+    In plain text every token is trained.
     """
     max_rows: PositiveInt | None = None
-    """Use at most this many training rows: the first of all sources in order, before weights and eval_fraction."""
+    """Use at most this many training rows, counted over the sources in order, before weights and eval_fraction."""
     streaming: bool = False
-    """Tokenise rows while training instead of before, for data that do not fit on a disk.
-    Needs training.max_steps; the sources' weights are then their shares of the rows.
+    """Tokenise rows during training instead of before it, for data that do not fit on a disk.
+    Needs training.max_steps. The weights of the sources are then their shares of the rows.
     """
     max_dropped_fraction: float = Field(0.1, ge=0, le=1)
-    """An error when more than this share of rows cannot be trained on (no trained token, refused by the template)."""
+    """It is an error if more than this share of rows is dropped (no trained token, or refused by the template)."""
 
 
 class TrainingSection(Section):
-    """The mathematics of the run: what is here decides the resulting weights."""
+    """The mathematics of the run: these settings decide the resulting weights."""
 
     num_train_epochs: float | None = Field(1, gt=0)
     """Passes over the training rows. Instead of max_steps."""
@@ -115,13 +115,13 @@ class TrainingSection(Section):
     global_batch_size: PositiveInt = 64
     """Rows per optimizer step, over all ranks and micro-batches."""
     per_device_train_batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Rows per micro-batch: what one rank takes in one forward."""
+    """Rows per micro-batch, the rows that one rank takes in one forward."""
     gradient_accumulation_steps: PositiveInt | Literal["auto"] = "auto"
     """Micro-batches per rank and optimizer step; auto is derived from the two sizes above and the number of ranks."""
     learning_rate: float = Field(LEARNING_RATE_FULL, ge=0)
     """Peak learning rate. Default: 2e-4 with a lora section, 2e-5 without."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """How the learning rate changes after the warm-up."""
     warmup_ratio: float | None = Field(0.03, ge=0, le=1)
     """Share of the planned steps over which the learning rate rises from 0. Instead of warmup_steps."""
     warmup_steps: int | None = Field(None, ge=0)
@@ -133,7 +133,7 @@ class TrainingSection(Section):
     optim: Annotated[
         Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"], BeforeValidator(canonical_optimizer)
     ] = "adamw"
-    """Optimizer; Hugging Face's names are aliases. The backend picks the implementation and prints it."""
+    """Optimizer; Hugging Face's names are aliases. The run chooses the implementation and prints it."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -143,23 +143,25 @@ class TrainingSection(Section):
     adam_epsilon: float = Field(1e-8, gt=0)
     """Added to AdamW's denominator."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """The whole window's gradient is scaled down to this norm; 0 does not clip."""
+    """Clip the gradient of the whole window to this norm; 0 does not clip."""
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward: less memory, about a third more time, the same mathematics."""
+    """Recompute activations in the backward: less memory and about a third more time, with the same mathematics."""
     device_memory: Annotated[str, AUTO_OR_SIZE, Field(json_schema_extra={"pattern": f"^(auto|{PATTERN})$"})] = "auto"
-    """Memory of a device that micro-batches chosen by `auto` must fit; auto is the device's, less a margin."""
+    """Device memory that micro-batches chosen by `auto` must fit into; auto is the device's memory less a margin."""
     deterministic: bool = False
-    """Only kernels that give the same bits every time: slower on a GPU; an operation without one ends the run."""
+    """Use only kernels that give the same bits every time.
+    This is slower on a GPU, and an operation without such a kernel ends the run.
+    """
     stop_on_loss_spike: bool = True
-    """End the run with status 4 when the losses of three steps in a row are far above those before.
-    The rule stands in finetune/training/loss_spike.py.
+    """End the run with status 4 when the losses of three steps in a row are far above the losses before.
+    The rule is in finetune/training/loss_spike.py.
     """
     step_timeout_seconds: float = Field(1800.0, ge=0)
-    """End the run, naming the rank, when a rank makes no progress for so long; 0 waits for ever.
+    """End the run and name the rank when a rank makes no progress for this time; 0 waits for ever.
     Progress is a micro-batch, an evaluation batch or a save.
     """
     seed: int = Field(42, ge=0, le=2**32 - 1)
-    """Decides row order, dropout, adapter initialisation and the held-out rows."""
+    """Random seed of row order, dropout, adapter initialisation and the held-out rows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -177,13 +179,13 @@ class AccumulationSection(Section):
 
     schedule: Literal["constant", "warmup", "adaptive"] = "constant"
     """constant: the global batch from the first step on. warmup: small batches first, as `warmup` says.
-    adaptive: the global batch first, then half or twice as much whenever the measured gradient noise scale is far from
-    it.
+    adaptive: the global batch first; the batch then doubles or halves whenever it is far from the measured gradient
+    noise scale.
     """
     warmup: Warmup = [[0.25, 0.1], [0.5, 0.2], [1.0, 1.0]]
     """Pairs: until this share of the run, steps take this share of the global batch (rounded to rows, at least one).
-    Or one K per epoch, such as [2, 4, 6, 8] for min(2 * epoch, 8): the greatest stands for the global batch, the others
-    for their share of it, and the last holds to the end of the run.
+    Or one K per epoch, such as [2, 4, 6, 8] for min(2 * epoch, 8). The greatest K stands for the global batch, the
+    others for their share of it. The last K holds to the end of the run.
     """
     smallest: Annotated[float, Field(gt=0, le=1)] = 0.25
     """adaptive: the least share of the global batch. Sizes are the global batch times powers of two."""
@@ -191,7 +193,7 @@ class AccumulationSection(Section):
     """adaptive: the greatest multiple of the global batch."""
     measure_every: PositiveInt = 5
     """adaptive: windows between two measurements of the gradient noise.
-    Each reads the gradients of a window's micro-batches.
+    Each measurement reads the gradients of all micro-batches of one window.
     """
 
     @property
@@ -211,7 +213,7 @@ class AccumulationSection(Section):
 
 
 class EvaluationSection(Section):
-    """When the held-out loss is measured: also before the first step and at the end."""
+    """When the held-out loss is measured. It is also measured before the first step and at the end."""
 
     eval_steps: PositiveInt = 100
     """Optimizer steps between two evaluations."""
@@ -223,11 +225,13 @@ class CheckpointSection(Section):
     save_steps: PositiveInt = 200
     """Optimizer steps between two checkpoints."""
     save_total_limit: PositiveInt = 2
-    """Checkpoints that are kept; an older one goes after a newer one is complete."""
+    """How many checkpoints are kept; an older one is deleted after a newer one is complete."""
     keep_best: bool = False
-    """Keep the checkpoint with the lowest held-out loss beside them; evaluation.eval_steps must meet save_steps."""
+    """Also keep the checkpoint with the lowest held-out loss.
+    Choose evaluation.eval_steps and save_steps so that evaluations and checkpoints fall on the same steps.
+    """
     resume: Literal["auto", "never"] = "auto"
-    """auto: the same command resumes from the newest checkpoint that verifies.
+    """auto: the same command resumes from the newest undamaged checkpoint.
     never: start over; previous contents of output_dir move to output_dir/before-N.
     """
     allow_changed: list[NonEmpty] = []
@@ -235,12 +239,12 @@ class CheckpointSection(Section):
 
 
 class LoggingSection(Section):
-    """What is written down on the way."""
+    """What is written down during the run."""
 
     logging_steps: PositiveInt = 1
     """Optimizer steps between two lines of metrics.jsonl."""
     report_to: list[Tracker] = []
-    """Experiment trackers that get the same numbers (install them yourself); one that fails costs a warning."""
+    """Experiment trackers that get the same numbers. Install them yourself; if one fails, the run prints a warning."""
 
 
 class Recipe(Section):
@@ -248,13 +252,13 @@ class Recipe(Section):
 
     # local paths are absolute once finetune.recipe.load.load has made it; `include` is always None then
     include: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    """Recipe files to start from, merged in order; this file's own keys win. Relative to this file's folder."""
+    """Recipe files to start from, relative to this file's folder. They are merged in order; this file's keys win."""
     model: ModelSection
     """Which model is tuned (required)."""
     lora: LoraSection | None = None
     """Low-rank adapters; leave out for full fine-tuning."""
     data: DataSection
-    """What is learned from (required)."""
+    """The data to learn from (required)."""
     training: TrainingSection = TrainingSection()
     """The mathematics of the run."""
     accumulation: AccumulationSection = AccumulationSection()
@@ -264,7 +268,7 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     """What is kept so that the run can be resumed."""
     logging: LoggingSection = LoggingSection()
-    """What is written down on the way."""
+    """What is written down during the run."""
     output_dir: NonEmpty
     """Folder of the run, relative to the working directory (required)."""
 

@@ -110,21 +110,23 @@ def recipe_page() -> str:
 _INTRODUCTION = """\
 # The recipe
 
-A recipe says what to learn; a launch file says on which hardware. One YAML file, read strictly: an unknown key, a value
-of another type, `null`, a key given twice, a YAML tag or alias are errors, all reported at once, each with file, line,
-what was found and what is allowed. `finetune check recipe.yaml` answers without loading anything large, then goes on to
-the launch file (`--launch`), the model's config, the tokenizer, a sample of the data and the batch arithmetic.
+A recipe says what to learn. A launch file says on which hardware. A recipe is one YAML file, and it is read strictly.
+Errors are an unknown key, a value of another type, `null`, a key given twice, and a YAML tag or alias. All errors are
+reported at once, each with file, line, what was found and what is allowed. `finetune check recipe.yaml` reports them
+without loading anything large. It then checks the launch file (`--launch`), the model's config, the tokenizer, a sample
+of the data and the batch arithmetic.
 
 - **Overrides.** `training.learning_rate=1e-5 lora.r=32 "data.train=[{path: mine.jsonl}]"` after the recipe on the
-  command line, as strict as the file. Of two keys that exclude each other the override wins over the file.
+  command line changes single values. Overrides are checked as strictly as the file. If an override and the file set two
+  keys that exclude each other, the override wins.
 - **Numbers and words** follow YAML 1.2: `1e-5` is a number, `no` and `on` are text.
-- **Paths.** A value of `model.name_or_path` or of a source's `path` that exists, relative to the file that says it or
-  to the working directory, is local; otherwise it is a hub id, unless it looks like a file. `output_dir` is relative to
-  the working directory.
-- **`include: base.yaml`**, or a list: recipes to start from, merged in order, then this file. Sections are merged key
-  by key; lists are replaced. Paths in an included file are relative to that file.
-- **One owner per knob.** Processes, machines, mixed precision, ZeRO and offload belong to the launch file. Settings
-  that exclude each other are in [compatibility.md](compatibility.md).
+- **Paths.** `model.name_or_path` and a source's `path` are local if the path exists, relative to the file that sets the
+  value or to the working directory. Otherwise the value is a hub id, unless it looks like a file. `output_dir` is
+  relative to the working directory.
+- **`include: base.yaml`**, or a list of files, names recipes to start from. They are merged in order, then this file.
+  Sections are merged key by key, and lists are replaced. Paths in an included file are relative to that file.
+- **Each setting has one place.** Processes, machines, mixed precision, ZeRO and offload belong to the launch file.
+  Settings that exclude each other are in [compatibility.md](compatibility.md).
 - **In an editor**, the first line `# yaml-language-server: $schema=...` of the shipped recipes gives completion.
 """
 
@@ -140,7 +142,7 @@ def _aliases() -> str:
 
 
 def _foreign() -> str:
-    parts = ["## Coming from another tool\n\nThese names are not accepted; the message about one gives ours.\n"]
+    parts = ["## Coming from another tool\n\nThese names are not accepted. The error message gives our name.\n"]
     for tool, names in BY_TOOL.items():
         parts.append(f"\n### {tool}\n\n| theirs | ours |\n|---|---|\n")
         parts += [f"| `{name}` | {target} |\n" for name, target in names.items()]
@@ -155,8 +157,8 @@ def compatibility_page() -> str:
 {HEADER}# Incompatible settings
 
 `finetune check`, `finetune train` and the trainer refuse these combinations of recipe and launch file before anything
-is loaded, with the reason and the nearest combination that works. Everything else is meant to work; a test checks that
-every shipped recipe either works with every shipped launch file or is refused by a line below.
+is loaded. The message gives the reason and the nearest combination that works. All other combinations are meant to
+work. A test checks that every shipped recipe either works with every shipped launch file or is refused by a line below.
 
 {compatibility.table()}"""
 
