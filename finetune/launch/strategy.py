@@ -12,7 +12,7 @@ Precision = Literal["no", "bf16", "fp16"]
 Target = Literal["none", "cpu", "nvme"]
 PRECISIONS: tuple[Precision, ...] = ("no", "bf16", "fp16")
 TARGETS: tuple[Target, ...] = ("none", "cpu", "nvme")  # of offload
-PRECISION_NAMES = {"no": "float32", "bf16": "bf16 mixed precision", "fp16": "fp16 mixed precision"}
+PRECISION_NAMES = {"no": "no mixed precision", "bf16": "bf16 mixed precision", "fp16": "fp16 mixed precision"}
 ENGINE_NAMES = {"single": "one process", "ddp": "data parallel (DDP)"}
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from finetune.errors import UserError
 from finetune.model import saved
+from finetune.model.distance import relative
 from finetune.model.parameters import DTYPE_BYTES
 from finetune.model.save import BrokenExport, write_model
 from finetune.model.trained_folder import Trained, find
@@ -57,17 +58,12 @@ def merge(found: Trained, output: Path, dtype: str) -> str:
 
 
 @torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    """Logits (2, tokens, vocabulary) of a fixed input of at most 64 tokens."""
+def logits(model: nn.Module) -> dict[str, Tensor]:
+    """Logits (2, tokens, vocabulary), under that name, of a fixed input of at most 64 tokens."""
     text = model.config.get_text_config()
     tokens = min(64, getattr(text, "max_position_embeddings", None) or 64)
     ids = torch.randint(0, text.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """Relative L2 difference."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    return {"logits": model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()}
 
 
 def _base_dtype(held: dict[str, Any], model: nn.Module) -> str:

@@ -5,6 +5,7 @@ Torch-free.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,18 @@ def parameter_elements(parameter: nn.Parameter) -> int:
 def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter, also where ZeRO-3 holds only a shard."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def frozen_type(model: nn.Module) -> str:
+    """The type that most frozen parameters are held in, by torch's name; NF4 where bitsandbytes has packed them; ""
+    where none is frozen.
+    """
+    elements: Counter[str] = Counter()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            packed = getattr(parameter, "quant_state", None) is not None
+            elements["NF4" if packed else str(parameter.dtype).removeprefix("torch.")] += parameter_elements(parameter)
+    return elements.most_common(1)[0][0] if elements else ""
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

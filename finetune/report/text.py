@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 
-def count(number: int, noun: str, plural: str = "s") -> str:
-    """`1 row`, `2,000 rows`; `plural` is what the noun takes when there is not exactly one."""
-    return f"{number:,} {noun}{'' if number == 1 else plural}"
+def count(number: float, noun: str, plural: str = "s") -> str:
+    """`1 row`, `2,000 rows`, `1.5 epochs`; `plural` is what the noun takes when there is not exactly one."""
+    said = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{said} {noun}{'' if number == 1 else plural}"
 
 
 def human_bytes(count: float) -> str:

@@ -29,11 +29,12 @@ def facts(job: Job, output_dir: Path, expectation: str) -> dict[str, str]:
     plan, described = job.plan, job.description
     recipe = plan.loaded.recipe
     share = described["trained_parameters"] / described["parameters"]
+    frozen = f" on frozen {described['frozen_type']} weights" if described["frozen_type"] else ""
     clipping = f"gradients clipped at {plan.max_grad_norm:g}" if plan.max_grad_norm else "gradients not clipped"
     return {
         "model": f"{recipe.model.name_or_path} ({plan.facts.architecture}, {described['parameters']:,} parameters)",
         "training": (
-            f"{method(recipe)}, {described['trained_parameters']:,} parameters trained ({share:.1%}),"
+            f"{method(recipe)}{frozen}, {described['trained_parameters']:,} parameters trained ({share:.1%}),"
             f" {described['optimizer']}"
         ),
         "data": _data(job),
@@ -60,7 +61,8 @@ def _length(job: Job) -> str:
     if job.schedule.total_rows is None:
         return length
     epochs = job.plan.loaded.recipe.training.num_train_epochs
-    return f"{length} ({epochs:g} epoch{'s' * (epochs != 1)} of {count(job.train_row_count, 'row')})"
+    assert epochs is not None, "rows end the run, so the recipe counts epochs"
+    return f"{length} ({count(epochs, 'epoch')} of {count(job.train_row_count, 'row')})"
 
 
 def _warmup(job: Job) -> str:

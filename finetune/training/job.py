@@ -39,7 +39,7 @@ from finetune.memory.micro_batch import choose_micro_batch
 from finetune.model.facts import ModelFacts, read_facts
 from finetune.model.load import load_model
 from finetune.model.outline import weights_beforehand
-from finetune.model.parameters import parameter_counts
+from finetune.model.parameters import frozen_type, parameter_counts
 from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
 from finetune.objectives.sft import SummedLoss
 from finetune.process.watchdog import ranks_wait
@@ -227,7 +227,13 @@ def assemble(plan: JobSpec, say: Callable[[str], None], measure: bool = False) -
         name = optimizer_name(optimizer)
         engine.prepare(SummedLoss(network), optimizer)
         engine.meter.point("prepare")
-    return Job(plan, engine, {"parameters": parameters, "trained_parameters": trained, "optimizer": name}, scale_check)
+    described = {
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "frozen_type": frozen_type(network),
+        "optimizer": name,
+    }
+    return Job(plan, engine, described, scale_check)
 
 
 def _refuse_unequal(plan: JobSpec, engine: Engine) -> None:

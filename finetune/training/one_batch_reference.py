@@ -1,4 +1,4 @@
-"""The yardstick: one big batch in plain float32 torch, without any engine, and the distance of an update from it."""
+"""The yardstick: one big batch in plain float32 torch, without any engine."""
 
 from __future__ import annotations
 
@@ -16,22 +16,6 @@ from finetune.model.facts import ModelFacts
 from finetune.model.load import load_model
 from finetune.objectives.sft import sft_loss, trained_tokens
 from finetune.recipe.load import LoadedRecipe
-
-
-def relative(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Relative L2 difference of two sets of tensors."""
-    difference = sum(float((found[n].double() - wanted[n].double()).square().sum()) for n in wanted)
-    return (difference / sum(float(t.double().square().sum()) for t in wanted.values())) ** 0.5
-
-
-def norm(tensors: Mapping[str, Tensor]) -> float:
-    """L2 norm over a set of tensors."""
-    return sum(float(t.double().square().sum()) for t in tensors.values()) ** 0.5
-
-
-def change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """after - before, by name, in float64."""
-    return {n: after[n].double() - before[n].double() for n in before}
 
 
 class Reference:

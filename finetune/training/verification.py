@@ -28,13 +28,14 @@ from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.errors import UserError
 from finetune.launch.preflight import Resolved
+from finetune.model.distance import change, norm, relative
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
 from finetune.model.shrink import shrink
 from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
-from finetune.training.one_batch_reference import Reference, accumulate, change, norm, relative
+from finetune.training.one_batch_reference import Reference, accumulate
 
 MOST_MICRO_BATCHES = 8  # of the configured window, without --full
 SHORT_ROW_TOKENS = 256  # rows are cut to this, without --full

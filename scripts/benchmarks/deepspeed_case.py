@@ -29,13 +29,14 @@ from finetune.engine.start import start_engine
 from finetune.errors import Diverged, UserError
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
+from finetune.model.distance import relative
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
 from finetune.objectives.sft import SummedLoss
 from finetune.process.exit_status import REPORT_FILE
 from finetune.recipe.load import load_recipe
 from finetune.training import verification
-from finetune.training.one_batch_reference import Reference, accumulate, relative
+from finetune.training.one_batch_reference import Reference, accumulate
 
 K, PER_DEVICE_ROWS = 4, 2
 WINDOW_ROWS, WINDOWS = PER_DEVICE_ROWS * K * 2, 4  # on two ranks

@@ -24,8 +24,8 @@ def main() -> None:
     before, after = run.with_name(run.name + "-before.json"), run.with_name(run.name + "-after.json")
     if before.exists() and after.exists():
         counts = [json.loads(file.read_text(encoding="utf-8")) for file in (before, after)]
-        print(f"right calls:   {counts[0]['right']} of {counts[0]['asked']} held-out questions before, "
-              f"{counts[1]['right']} after")  # fmt: skip
+        asked, (right_before, right_after) = counts[0]["asked"], (count["right"] for count in counts)
+        print(f"right calls:   {right_before} of {asked} held-out questions before, {right_after} after")
 
 
 if __name__ == "__main__":

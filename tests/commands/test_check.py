@@ -70,7 +70,7 @@ def test_a_good_recipe_is_summarised(recipe, capsys):
         "longest row",
         "; 5 steps",
         "8 rows per optimizer step = 2 rows per micro-batch x K=4 micro-batches x 1 rank",
-        "one process, float32 (no launch file was given",
+        "one process, no mixed precision (no launch file was given",
     ):
         assert words in said
     assert not (recipe.parent / "run").exists()

@@ -96,7 +96,7 @@ def test_the_table_says_what_a_resume_takes_and_what_was_read(run):
     assert lengths.exit_code == hashes.exit_code == 0
     assert "a resume takes step 4 (manifests and lengths are right; --verify reads every byte)" in lengths.stdout
     assert "a resume takes step 4 (every byte was read and is as it was saved)" in hashes.stdout
-    assert "written by one process, float32" in lengths.stdout
+    assert "written by one process, no mixed precision" in lengths.stdout
     (last,) = [line for line in lengths.stdout.splitlines() if line.split()[0] == "4"]
     assert last.rstrip().endswith("latest, resume, best"), "the losses fall"
 

@@ -26,11 +26,12 @@ from finetune.engine.start import start_engine
 from finetune.launch import compatibility
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
+from finetune.model.distance import change, relative
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
 from finetune.objectives.sft import SummedLoss, trained_tokens
 from finetune.recipe.load import load_recipe
-from finetune.training.one_batch_reference import Reference, change, relative
+from finetune.training.one_batch_reference import Reference
 from tests.programs.communication import count_collectives
 from tests.programs.random_rows import random_rows
 from tests.support.exact_table import CONFIGURED_STEPS, KINDS, PER_DEVICE_ROWS, WindowCase, random_windows, windows

@@ -26,13 +26,13 @@ from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.environment import from_environment
 from finetune.launch.strategy import Strategy
+from finetune.model.distance import relative
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
 from finetune.model.outline import outline, weights_of_outline
 from finetune.model.parameters import Weights
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
-from finetune.training.one_batch_reference import relative
 from tests.support.zero_settings import filled_in
 
 ROWS, TOKENS = 2, 32

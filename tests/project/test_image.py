@@ -38,11 +38,13 @@ def ignored(name: str) -> bool:
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     parts = name.split("/")
     prefixes = ["/".join(parts[: n + 1]) for n in range(len(parts))]
-    return any(
-        any(fnmatch.fnmatchcase(part, rule.removeprefix("**/")) for part in parts) if rule.startswith("**/")
-        else any(fnmatch.fnmatchcase(prefix, rule) and prefix.count("/") == rule.count("/") for prefix in prefixes)
-        for rule in rules
-    )  # fmt: skip
+
+    def matches(rule: str) -> bool:
+        if rule.startswith("**/"):
+            return any(fnmatch.fnmatchcase(part, rule.removeprefix("**/")) for part in parts)
+        return any(fnmatch.fnmatchcase(prefix, rule) and prefix.count("/") == rule.count("/") for prefix in prefixes)
+
+    return any(map(matches, rules))
 
 
 def test_both_devices_are_stages_and_cpu_is_the_default():
