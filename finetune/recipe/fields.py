@@ -63,9 +63,9 @@ class SourceSection(Section):
     """One source of rows."""
 
     path: NonEmpty
-    """Local file (.jsonl, .json, .csv, .tsv, .parquet, .txt, also .gz), folder of such files, or hub id (required)."""
+    """Local file (.parquet; .jsonl, .json, .csv, .tsv, .txt, also as .gz), folder of files, or hub id (required)."""
     split: NonEmpty = "train"
-    """Split of a hub data set, or of a folder whose file names begin with train, test or validation."""
+    """Split of a hub data set, or of a folder whose file names begin with the word train, test or validation."""
     subset: NonEmpty | None = None
     """Configuration of a hub data set that has several."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "text"] = "auto"
