@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
 
 
 def relative(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Relative L2 difference of two sets of tensors."""
-    return norm(change(wanted, found)) / norm(wanted)
+    """Relative L2 difference of two sets of tensors; infinite where anything differs from zeros."""
+    difference, size = norm(change(wanted, found)), norm(wanted)
+    return difference / size if size else math.inf if difference else 0.0
 
 
 def norm(tensors: Mapping[str, Tensor]) -> float:
