@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune.data.file_hashes import file_hash
 from finetune.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -89,11 +90,7 @@ def content_hash(files: list[Path]) -> str:
     """Hex digest of the files' contents, in order."""
     digest = hashlib.sha256()
     for file in files:
-        one = hashlib.sha256(suffix_of(file).encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                one.update(chunk)
-        digest.update(one.digest())
+        digest.update(f"{suffix_of(file)} {file_hash(file)} ".encode())
     return digest.hexdigest()
 
 
