@@ -55,9 +55,3 @@ ensure_environment() {
     fi
     export PATH="$VENV/bin:$PATH"
 }
-
-# Every core this process may use. accelerate would take 1 thread, or ask the hardware, which is wrong in containers.
-use_all_cores() {
-    local count='import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())'
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c "$count")}"
-}

@@ -9,7 +9,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 ensure_environment quickstart
 SECONDS=0  # the clock starts after the installation
 cd "$REPOSITORY"
-use_all_cores
 
 DATA=recipes/quickstart/data
 LAUNCH=accelerate_configs/cpu.yaml

@@ -21,6 +21,7 @@ ensure_environment test
 cd "$REPOSITORY"
 # One thread per process: most tests start two or more processes, and threads that outnumber the cores only wait.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export FINETUNE_CPU_THREADS="${FINETUNE_CPU_THREADS:-1}"
 export TOKENIZERS_PARALLELISM=false
 # DeepSpeed's compiled ops belong to the environment: two checkouts that share a folder rebuild each other's.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 
 import pytest
+
+os.environ.setdefault("FINETUNE_CPU_THREADS", "1")  # tests start processes that share two cores
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ FREE_KEYS = (
     "logging.",
     "checkpoint.",
     "evaluation.",
+    "data.packing",
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",
     "training.gradient_checkpointing",

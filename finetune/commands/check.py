@@ -27,7 +27,7 @@ def check(recipe_path: str, overrides: Sequence[str], launch_file: str | None, a
         load_libraries(settled.strategy.use_cpu)
         from finetune.commands.check_document import deepspeed_settings, model_and_data, summary
 
-        found |= model_and_data(settled)
+        found |= model_and_data(settled, found["warnings"].append)
         if not as_json:
             print(redact.text(summary(recipe_path, settled, found, launch_file)), file=output, flush=True)
             return

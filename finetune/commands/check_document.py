@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune.batching.plan import BatchPlan
 from finetune.data.prepare import PreparedData, prepare
 from finetune.engine.deepspeed.buffers import derive_settings
 from finetune.launch.preflight import Resolved, batch_line
@@ -16,28 +17,30 @@ from finetune.model.outline import outlined
 from finetune.model.tokenizer import load_tokenizer
 from finetune.recipe.load import LoadedRecipe
 from finetune.training import banner
-from finetune.training.job import check_rows, make_schedule
+from finetune.training.job import check_rows, fastest, make_schedule
 
 SAMPLE_ROWS = 1000
 
 
-def model_and_data(settled: Resolved) -> dict[str, Any]:
-    """`model`, `tokenizer` and `data` of the command's document. Raises UserError."""
+def model_and_data(settled: Resolved, warn: Callable[[str], None]) -> dict[str, Any]:
+    """`model`, `tokenizer`, `data` and `batch` (as this model takes it) of the command's document. Raises UserError."""
     loaded = settled.loaded
     model = read_facts(loaded)
     tokenizer = load_tokenizer(loaded)
     samples, whole = _samples(loaded, tokenizer)
     for data in samples:
         model = check_rows(loaded, settled.strategy, model, tokenizer, data)
+    model, batch = fastest(loaded, settled.strategy, model, settled.batch, warn)
     counted = ("rows", "tokens", "trained_tokens", "truncated", "dropped")
     report: dict[str, Any] = {key: sum(data.summary[key] for data in samples) for key in counted}
     report |= {"longest_row_tokens": max(int(data.train.lengths.max()) for data in samples), "whole": whole}
     if whole or loaded.recipe.training.max_steps is not None:
-        report["planned_steps"] = make_schedule(loaded, settled.batch, len(samples[0].train)).planned_steps
+        report["planned_steps"] = make_schedule(loaded, batch, len(samples[0].train)).planned_steps
     return {
         "model": dataclasses.asdict(model),
         "tokenizer": {"class": type(tokenizer).__name__, "entries": len(tokenizer)},
         "data": report,
+        "batch": dataclasses.asdict(batch),
     }
 
 
@@ -80,7 +83,7 @@ def summary(recipe_path: str, settled: Resolved, found: Mapping[str, Any], launc
             f" {data['longest_row_tokens']:,} tokens{''.join(f', {note}' for note in notes)}"
         ),
         "batch": (
-            batch_line(settled.loaded, settled.batch)
+            batch_line(settled.loaded, BatchPlan(**found["batch"]))
             + (f"; {data['planned_steps']:,} steps" if "planned_steps" in data else "")
         ),
         "schedule": banner.learning_rate(settled.loaded, settled.batch),

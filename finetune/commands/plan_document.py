@@ -17,12 +17,14 @@ from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.launch.compatibility import FLASH
 from finetune.launch.preflight import Resolved
 from finetune.memory import offload_traffic
-from finetune.memory.estimate import ByteRange, traces
+from finetune.memory.estimate import ByteRange
 from finetune.memory.micro_batch import DEVICE_MARGIN, HOST_MARGIN
 from finetune.memory.resident import ITEMS
 from finetune.memory.strategies import as_configured, first_that_fits, nearest, table
+from finetune.memory.traced import traces
 from finetune.memory.verdict import Machine, Outcome, PlanInputs, Scenario, device_range, host_range, outcome
 from finetune.model.facts import read_facts
+from finetune.model.proofs import with_fused_loss
 from finetune.process.host_memory import host_memory
 from finetune.recipe import sizes
 
@@ -47,7 +49,7 @@ def document(
     attention = settled.loaded.recipe.model.attn_implementation
     if attention in FLASH and not has_accelerator():
         notes.append(f"{attention} does not run here: traced with sdpa, which keeps as much")
-    model = read_facts(settled.loaded)
+    model = with_fused_loss(settled.loaded, settled.strategy, read_facts(settled.loaded))
     tokens = min(settled.loaded.recipe.data.max_length, model.max_positions or sys.maxsize)
     inputs = PlanInputs(settled, model, tokens, _machine(settled, device_bytes, host_bytes))
     gc.freeze()  # traces make objects by the million, and what was imported need not be looked through each time

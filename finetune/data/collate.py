@@ -8,26 +8,52 @@ import numpy as np
 import torch
 
 from finetune.data.token_cache import IGNORED, TokenRow
+from finetune.objectives.micro_batch import MicroBatch
 
 
-def collate(rows: Sequence[TokenRow], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """One micro-batch: `input_ids`, `attention_mask`, `labels`, int64, shape (rows, tokens), padded on the right.
+def padded(rows: Sequence[TokenRow], pad_token_id: int) -> MicroBatch:
+    """Rows below each other, (rows, tokens), padded on the right.
 
-    The padding is masked by length, never by token id: where pad equals eos the end of a turn is still learned.
-    No rows give the empty micro-batch: one row of two padding tokens, attended to, with no trained token.
+    What is padding is known by length, never by token id: where pad equals eos the end of a turn is still learned. No
+    rows give the empty micro-batch: one row of two padding tokens, with no trained token.
     """
     width = max([len(row.input_ids) for row in rows], default=2)
-    shape = (max(1, len(rows)), width)
-    input_ids = np.full(shape, pad_token_id, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
-    attention_mask = np.zeros(shape, np.int64) if rows else np.ones(shape, np.int64)
+    input_ids = np.full((max(1, len(rows)), width), pad_token_id, np.int64)
+    labels = np.full(input_ids.shape, IGNORED, np.int64)
     for i, row in enumerate(rows):
-        tokens = len(row.input_ids)
-        input_ids[i, :tokens] = row.input_ids
-        labels[i, :tokens] = row.labels
-        attention_mask[i, :tokens] = 1
-    return {
+        input_ids[i, : len(row.input_ids)] = row.input_ids
+        labels[i, : len(row.labels)] = row.labels
+    return _micro_batch(rows, input_ids, labels)
+
+
+def packed(rows: Sequence[TokenRow], pad_token_id: int) -> MicroBatch:
+    """Rows one after the other, (1, tokens), without padding; positions begin at 0 in each. No rows give the empty
+    micro-batch: one sample of two padding tokens, with no trained token.
+    """
+    lengths = [len(row.input_ids) for row in rows] or [2]
+    input_ids = np.concatenate([row.input_ids for row in rows] or [np.full(2, pad_token_id)]).astype(np.int64)
+    labels = np.concatenate([row.labels for row in rows] or [np.full(2, IGNORED)]).astype(np.int64)
+    positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
+    ends = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    # the same facts by the names that transformers' flash attention takes: all four, or it asks the GPU in every layer
+    flash = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=max(lengths), max_length_k=max(lengths))
+    layout = {"position_ids": positions, "segment_lengths": tuple(lengths), **flash}
+    return _micro_batch(rows, input_ids[None], labels[None], layout)
+
+
+def _micro_batch(
+    rows: Sequence[TokenRow],
+    input_ids: np.ndarray,
+    labels: np.ndarray,
+    layout: dict[str, torch.Tensor | tuple[int, ...] | int] | None = None,
+) -> MicroBatch:
+    # a row's first label is never trained: in a flat layout the token before it, another sample's, predicts nothing
+    following = np.append(labels.reshape(-1)[1:], IGNORED)
+    predicting = np.flatnonzero(following != IGNORED)
+    inputs = {
         "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "labels": torch.from_numpy(labels),
+        "predicting": torch.from_numpy(predicting),
+        "targets": torch.from_numpy(following[predicting]),
+        **(layout or {}),
     }
+    return MicroBatch(inputs, len(predicting), sum(len(row.input_ids) for row in rows))

@@ -52,6 +52,10 @@ class StreamRows:
         self.lengths = np.array([max_length], np.int64)
         self.fingerprint = fingerprint
 
+    def length(self, index: int) -> int:
+        """Tokens of row `index`, which is read for it."""
+        return len(self.row(index).input_ids)
+
     def row(self, index: int) -> TokenRow:
         """Row `index` of the stream. Raises UserError where the source cannot be read on."""
         if index < self._next and index not in self._kept:

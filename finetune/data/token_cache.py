@@ -52,6 +52,10 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def length(self, index: int) -> int:
+        """Tokens of row `index`."""
+        return int(self.lengths[index])
+
     def distinct(self) -> np.ndarray:
         """Numbers of rows that together hold every stored row once, whatever the weights."""
         return np.unique(self._index, return_index=True)[1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ from finetune.engine.settings import Prepared
 from finetune.engine.state import readable
 from finetune.errors import UserError
 from finetune.model.parameters import Weights, weights_of
+from finetune.objectives.micro_batch import MicroBatch
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Engine(Prepared):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def micro_step(self, batch: dict[str, Tensor], denominator: float, last: bool) -> Tensor:
+    def micro_step(self, batch: MicroBatch, denominator: float, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; when `last`, also clip, step and clear the gradients.
 
         Returns the micro-batch's summed loss, detached. `denominator` is the window's, over all ranks.
@@ -87,7 +88,7 @@ class Engine(Prepared):
         with self.meter.micro_step(batch, last):
             # gradients are reduced over the ranks in the window's last micro-batch alone
             with contextlib.nullcontext() if last else self.kind.without_reduction(self):
-                summed_loss = self.module(self._to_device(batch))
+                summed_loss = self.module(self._to_device(batch.inputs))
                 self.meter.point("forward")
                 steps = self.accelerator.gradient_accumulation_steps
                 self.accelerator.backward(summed_loss * (self.ranks * steps / denominator))
@@ -111,9 +112,9 @@ class Engine(Prepared):
         return self.last_grad_norm
 
     @torch.no_grad()
-    def evaluate_batch(self, batch: dict[str, Tensor]) -> Tensor:
+    def evaluate_batch(self, batch: MicroBatch) -> Tensor:
         """Summed loss of one micro-batch without gradients. Every rank must call it equally often (ZeRO-3 gathers)."""
-        return self.module(self._to_device(batch)).detach()
+        return self.module(self._to_device(batch.inputs)).detach()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -142,12 +143,12 @@ class Engine(Prepared):
         """Rank 0's value. A collective."""
         return broadcast_object_list([value])[0]
 
-    def warm_up_ddp_buckets(self, batch: dict[str, Tensor]) -> None:
+    def warm_up_ddp_buckets(self, batch: MicroBatch) -> None:
         """One backward of zero before the first window. A collective.
 
         DDP rebuilds its buckets after the first backward, and with them the order in which ranks are added up: without
         this, a resumed run would differ from an unbroken one in the last bits of its first window."""
-        self.kind.warm_up_buckets(self, self._to_device(batch))
+        self.kind.warm_up_buckets(self, self._to_device(batch.inputs))
 
     def full_state_dict(self, only_trained: bool = False) -> dict[str, Tensor]:
         """Whole parameters and buffers by name (without the wrapper's prefix), on the CPU of rank 0; {} elsewhere.
@@ -215,5 +216,8 @@ class Engine(Prepared):
         """Leave the process group; the last call."""
         self.accelerator.end_training()
 
-    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+    def _to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }

@@ -9,10 +9,12 @@ import warnings
 import torch
 
 from finetune.engine.devices import has_accelerator
+from finetune.process.cpu_threads import cpu_threads
 
 
 def prepare_libraries(use_cpu: bool = False, deterministic: bool = False) -> None:
-    """Set what the libraries read at import, and keep warnings that no user can act on out of the terminal.
+    """Set what the libraries read at import, decide this rank's CPU threads, and keep warnings that no user can act on
+    out of the terminal.
 
     Called before accelerate, transformers or DeepSpeed is imported, and before the first question for a device. With
     `deterministic`, an operation that adds up in another order from run to run is replaced, or raises RuntimeError with
@@ -23,6 +25,9 @@ def prepare_libraries(use_cpu: bool = False, deterministic: bool = False) -> Non
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, also where DeepSpeed pads its buffers
         torch.backends.cudnn.benchmark = False
+    threads = cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # DeepSpeed's ops bring an OpenMP of their own, which reads it later
     if use_cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # accelerate hands use_cpu on to single processes only
     if not has_accelerator():

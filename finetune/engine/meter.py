@@ -7,15 +7,16 @@ largest one comes ever more seldom."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.engine.devices import device_peak_bytes, has_accelerator, host_bytes, host_peak_bytes
 from finetune.engine.memory_use import held_by_optimizer, memory_by_category
 from finetune.engine.storages import StorageTracker
+from finetune.objectives.micro_batch import MicroBatch
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Meter:
     _tracker: StorageTracker | None = field(default=None, repr=False)
     _windows: int = field(default=0, repr=False)  # that have ended
     _first: bool = field(default=True, repr=False)  # whether the next micro-batch begins one
-    _seen: dict[tuple[bool, bool, bool], int] = field(default_factory=dict, repr=False)
+    _seen: dict[tuple[bool, bool, bool], tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def point(self, name: str) -> None:
         """Write down what is held at this point of the run, the first time."""
@@ -57,26 +58,26 @@ class Meter:
             yield
 
     @contextlib.contextmanager
-    def micro_step(self, batch: Mapping[str, Tensor], last: bool) -> Iterator[None]:
+    def micro_step(self, batch: MicroBatch, last: bool) -> Iterator[None]:
         """Around forward and backward of a micro-batch, and the step after the `last` one of its window."""
         if not self.enabled or self.module is None or self.optimizer is None:
             yield
             return
-        rows, tokens = batch["input_ids"].shape
+        rows, tokens = batch.shape
         if rows * tokens > self.largest[0] * self.largest[1]:
             self.largest = (rows, tokens)
         # gradients of micro-batches before, optimizer states of windows before: engines keep them in different places
         place = (self._first, self._windows > 0, last)
         self._first, self._windows = last, self._windows + last
-        # padding makes masks
-        size = 2 * rows * tokens + (self._tracker is not None and not bool(batch["attention_mask"].all()))
-        if self._tracker is None or size <= self._seen.get(place, 0):
+        # activations grow with the tokens, logits with those that are trained
+        size, seen = (rows * tokens, batch.trained_tokens), self._seen.get(place, (0, 0))
+        if self._tracker is None or (size[0] <= seen[0] and size[1] <= seen[1]):
             yield
             return
-        self._seen[place] = size
+        self._seen[place] = (max(size[0], seen[0]), max(size[1], seen[1]))
         parameters = list(self.module.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        self._tracker.forget(batch.values())
+        self._tracker.forget(batch.tensors)
         self._tracker.hold(
             [*parameters, *self.module.buffers(), *gradients, *held_by_optimizer(parameters, self.optimizer)], "held"
         )

@@ -51,12 +51,12 @@ def end_window(prepared: Prepared) -> tuple[float, bool]:
     return norm, applied
 
 
-def warm_up_buckets(prepared: Prepared, batch: dict[str, Tensor]) -> None:
+def warm_up_buckets(prepared: Prepared, inputs: dict[str, Any]) -> None:
     """Have DDP rebuild its buckets, by a backward of zero, before the first window."""
     if prepared.strategy.engine == "ddp":
         # the second leaves the gradients in the rebuilt buckets, or a resumed window would have them twice
         for _ in range(2):
-            (prepared.module(batch) * 0.0).backward()
+            (prepared.module(inputs) * 0.0).backward()
         _clear_gradients(prepared)
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from finetune.engine.deepspeed.cpu_adam import cpu_adam
-from finetune.engine.devices import has_accelerator
 from finetune.launch.strategy import Strategy
 from finetune.model.parameters import parameter_shape
 from finetune.recipe.fields import TrainingSection
@@ -44,12 +43,12 @@ def build_optimizer(groups: list[dict], training: TrainingSection, strategy: Str
         return getattr(bitsandbytes.optim, name)(groups, **_adam(training))
     if strategy.offload_optimizer != "none":
         return cpu_adam(groups, **_adam(training))
-    return torch_adamw(groups, training, fused=has_accelerator())
+    return torch_adamw(groups, training)
 
 
-def torch_adamw(groups: list[dict], training: TrainingSection, fused: bool) -> torch.optim.Optimizer:
-    """torch's AdamW; `fused` where there is a GPU."""
-    return torch.optim.AdamW(groups, **_adam(training), fused=fused)
+def torch_adamw(groups: list[dict], training: TrainingSection) -> torch.optim.Optimizer:
+    """torch's AdamW in its fused kernel, on GPUs and on the CPU: one pass over the parameters."""
+    return torch.optim.AdamW(groups, **_adam(training), fused=True)
 
 
 def _adam(training: TrainingSection) -> dict:

@@ -23,6 +23,7 @@ from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
+from finetune.objectives.micro_batch import MicroBatch
 from finetune.report.text import count
 
 MOST_MICRO_BATCHES = 16  # a window of the probe is no longer: milliseconds each
@@ -49,9 +50,9 @@ class Probe(nn.Module):
         super().__init__()
         self.model = _Linear(weights)
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Summed loss of one micro-batch, scalar."""
-        return self.model(batch["features"])
+        return self.model(inputs["features"])
 
 
 def tokens_of(rank: int, micro_batch: int, ranks: int, last: bool) -> int:
@@ -122,8 +123,7 @@ def _train(engine: Engine, counts: list[list[int]], first: int, weights: int) ->
         for k, tokens in enumerate(mine):
             features = torch.zeros(weights)
             features[first + k * engine.ranks + engine.rank] = tokens * UNIT
-            batch = {"features": features, "tokens": torch.tensor(tokens)}
-            engine.micro_step(batch, denominator, last=k == len(mine) - 1)
+            engine.micro_step(MicroBatch({"features": features}, tokens, tokens), denominator, last=k == len(mine) - 1)
         if engine.applied or not engine.scales_loss:
             break
     return engine.grad_norm()

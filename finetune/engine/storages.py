@@ -103,22 +103,3 @@ def pretending() -> Iterator[None]:
     before it, and get their fake memory inside, by to_empty and tie_weights."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
-
-
-@contextlib.contextmanager
-def without_padding() -> Iterator[None]:
-    """While active, transformers takes fake attention masks for all ones, as it finds rows of one length to be; it
-    cannot look into them.
-    """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-
-    def unpadded(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        # a sliding window is, and then takes the padding in
-        needed = sdpa_mask(*args, attention_mask=None, **kwargs) is not None
-        return sdpa_mask(*args, attention_mask=attention_mask, **kwargs) if needed else None
-
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = unpadded
-    try:
-        yield
-    finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]

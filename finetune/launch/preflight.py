@@ -73,7 +73,8 @@ def _too_few_to_measure(loaded: LoadedRecipe, batch: BatchPlan) -> list[str]:
     if accumulation.schedule != "adaptive":
         return []
     smallest = _smallest_window(loaded, batch)
-    if smallest > batch.per_device_rows:
+    # packed, a window is laid out in two micro-batches where it has two rows
+    if smallest > (batch.per_device_rows if batch.row_tokens is None else 1):
         return []
     key = "accumulation.smallest"
     enough = 2.0 ** math.ceil(math.log2((batch.per_device_rows + 1) / batch.global_batch_rows))
@@ -93,7 +94,7 @@ def _smallest_window(loaded: LoadedRecipe, batch: BatchPlan) -> int:
 
 def fewest_rows(settled: Resolved) -> float:
     """A micro-batch must have fewer rows than this: an adaptive batch needs two of them in its smallest window."""
-    if settled.loaded.recipe.accumulation.schedule != "adaptive":
+    if settled.loaded.recipe.accumulation.schedule != "adaptive" or settled.batch.row_tokens is not None:
         return math.inf
     return _smallest_window(settled.loaded, settled.batch)
 
@@ -138,7 +139,9 @@ def plan_batch(loaded: LoadedRecipe, strategy: Strategy) -> tuple[BatchPlan, flo
     steps, max_grad_norm = merge_knobs(loaded, strategy)
     training = loaded.recipe.training
     global_batch, per_device = training.global_batch_size, training.per_device_train_batch_size
-    return derive_batch(global_batch, per_device, steps, strategy.data_ranks, loaded.location), max_grad_norm
+    row_tokens = loaded.recipe.data.max_length if loaded.recipe.data.packing else None
+    batch = derive_batch(global_batch, per_device, steps, strategy.data_ranks, loaded.location, row_tokens)
+    return batch, max_grad_norm
 
 
 def merge_knobs(loaded: LoadedRecipe, strategy: Strategy) -> tuple[int | Literal["auto"], float]:

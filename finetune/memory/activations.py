@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.errors import UserError, reason
-from finetune.memory.trace import MicroBatchShape, Precision, Profile
+from finetune.memory.micro_batch_shape import MicroBatchShape
+from finetune.memory.trace import Precision, Profile
 from finetune.model.facts import ModelFacts
 from finetune.model.outline import outline, weights_of_outline
 from finetune.model.parameters import DTYPE_BYTES, Weights
@@ -53,24 +54,23 @@ def layer_bytes(size: DecoderSize, tokens: int, compute_bytes: int, autocast: bo
 
 def activation_bytes(
     size: DecoderSize,
-    rows: int,
-    tokens: int,
+    positions: int,
+    predicting: int,
     compute_bytes: int,
     checkpointing: bool,
     autocast: bool = False,
     lora: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Bytes by item in the two moments of a micro-batch (rows, tokens) of which the larger one is its peak: "loss",
-    when the backward begins, and "layer", when that of the last layer does and the logits are gone.
+    """Bytes by item in the two moments of a micro-batch of which the larger one is its peak: "loss", when the backward
+    begins, and "layer", when that of the last layer does and the logits are gone. `predicting` positions have logits.
 
     With checkpointing every layer keeps its input, and one layer at a time is whole again. `autocast`: float32 weights
     in a bf16 or fp16 run without DeepSpeed; `cast_bytes` come on top, without checkpointing until the backward, else
     until the loss. The loss: objectives/sft.py."""
-    count = rows * tokens
-    one = layer_bytes(size, count, compute_bytes, autocast) * (LORA_FACTOR if lora else 1.0)
-    inputs = float(count * size.hidden * (4 if autocast else compute_bytes))
+    one = layer_bytes(size, positions, compute_bytes, autocast) * (LORA_FACTOR if lora else 1.0)
+    inputs = float(positions * size.hidden * (4 if autocast else compute_bytes))
     kept = size.layers * (inputs if checkpointing else one)
-    loss = {"activations": kept, "logits and loss": float(LOSS_BYTES * count * size.vocabulary)}
+    loss = {"activations": kept, "logits and loss": float(LOSS_BYTES * predicting * size.vocabulary)}
     return {"loss": loss, "layer": {"activations": kept + one if checkpointing else kept}}
 
 
@@ -100,7 +100,7 @@ def profile_by_formula(
         ) from error
     lora, checkpointing = loaded.recipe.lora is not None, loaded.recipe.training.gradient_checkpointing
     compute = 2 if precision.mixed_precision != "no" else DTYPE_BYTES[facts.export_dtype] if lora else 4
-    found = activation_bytes(size, shape.rows, shape.tokens, compute, checkpointing, precision.autocast, lora)
+    found = activation_bytes(size, shape.positions, shape.predicting, compute, checkpointing, precision.autocast, lora)
     casts = cast_bytes(weights) if precision.autocast else 0.0
     found["loss"]["activations"] += casts
     found["layer"]["activations"] += 0.0 if checkpointing else casts

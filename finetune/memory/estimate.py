@@ -7,20 +7,18 @@ says so."""
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 
 from finetune.engine.deepspeed import buffers
-from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
 from finetune.memory import activations, formulas
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.memory.resident import Resident
-from finetune.memory.trace import MicroBatchShape, Precision, Profile, continued, part_of, profile
+from finetune.memory.trace import Precision, Profile, part_of
+from finetune.memory.traced import traced_once
 from finetune.memory.zero.stages import resident_sharded
 from finetune.model.facts import ModelFacts
-from finetune.model.outline import outlined
 from finetune.model.parameters import Weights
 from finetune.recipe.load import LoadedRecipe
 
@@ -147,67 +145,6 @@ def estimate(
     disk = (loaded.recipe.checkpoint.save_total_limit + 1) * one
     disk += formulas.exported_bytes(seen.weights, facts.export_dtype)
     return Estimate(parts, ranges["device"], host, sum(resident.nvme.values()), disk, traced, seen.weights, on_cpu)
-
-
-traces: dict[tuple, dict[int, Profile] | None] = {}  # by rows; None where the model cannot be traced
-
-
-def traced_once(
-    loaded: LoadedRecipe, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
-) -> Profile | None:
-    """`profile`, which is a function of these alone; None where the model's own code does not run on fake tensors.
-
-    Two numbers of padded rows are traced; others are continued from them, event by event, because every tensor's size
-    is a constant and a multiple of the rows (tests/commands/test_plan.py compares with traces)."""
-    recipe = loaded.recipe
-    if recipe.model.load_in_4bit and (precision.mixed_precision, facts.export_dtype) == ("bf16", "bfloat16"):
-        # what bitsandbytes makes of packed weights, each time, is what LoRA computes with: the same trace
-        unpacked = recipe.model.model_copy(update={"load_in_4bit": False})
-        plain = dataclasses.replace(loaded, recipe=recipe.model_copy(update={"model": unpacked}))
-        seen = traced_once(plain, facts, shape, micro_batches, precision)
-        return seen and Profile(seen.series, outlined(loaded, facts).weights)
-    key = (
-        recipe.model,
-        recipe.lora and recipe.lora.model_dump_json(),
-        recipe.training.gradient_checkpointing,
-        recipe.training.optim,
-        bool(recipe.training.weight_decay),
-        bool(recipe.training.max_grad_norm),
-        facts,
-        shape.tokens,
-        shape.padded,
-        micro_batches,
-        precision,
-    )
-    known = traces.setdefault(key, {})
-    if known is None:
-        return None
-    if shape.rows not in known:
-        if len(known) > 1:
-            (first, one), (second, other) = sorted(known.items())[:2]
-            times = Fraction(shape.rows - first, second - first)
-            return Profile(continued(one.series, other.series, times), one.weights)
-        try:
-            known[shape.rows] = _quietly_profiled(loaded, facts, shape, micro_batches, precision)
-        except UserError:
-            raise
-        except Exception:  # noqa: BLE001 - a model's own code may look at values, which fake tensors have none of; formulas stand in
-            traces[key] = None
-            return None
-    return known[shape.rows]
-
-
-def _quietly_profiled(
-    loaded: LoadedRecipe, facts: ModelFacts, shape: MicroBatchShape, micro_batches: int, precision: Precision
-) -> Profile:
-    """Without the traceback that torch logs of an operation that refuses fake tensors."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        return profile(loaded, facts, shape, micro_batches, precision)
-    finally:
-        log.setLevel(level)
 
 
 def _packed(weights: Weights) -> Weights:

@@ -99,22 +99,14 @@ def resident_plain(weights: Weights, ranks: int, optim: str, on_cpu: bool, accum
         "optimizer states": optimizer_bytes(sizes, optim),
     }
     coming = {} if standing else {"gradients": gradients}
-    step = coming | ({"buffers": _adamw_buffers(sizes)} if on_cpu and optim == "adamw" else {})
     backward = coming | ({"buffers": largest} if ddp else {})  # a gradient on its way into the bucket
     return Resident(
         device=device,
         backward={"device": backward} if backward else {},
-        step={"device": step} if step else {},
+        step={"device": coming} if coming else {},
         load=_load(weights, ddp, on_cpu),
         save=_save(weights, optim, on_cpu),
     )
-
-
-def _adamw_buffers(sizes: list[int]) -> int:
-    """torch's AdamW tensor by tensor, as it runs on a CPU: the root of the second moment and its quotient, beside the
-    quotient of the tensor before (torch 2.13, optim/adam.py, _single_tensor_adam). The fused one of a GPU needs none.
-    """
-    return max((4 * (2 * n + before) for n, before in zip(sizes, [0, *sizes], strict=False)), default=0)
 
 
 def _load(weights: Weights, ddp: bool, on_cpu: bool) -> dict[str, dict[str, float]]:

@@ -4,14 +4,20 @@ follows from it.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from finetune.batching.plan import BatchPlan
+from finetune.data.prepare import PreparedData
+from finetune.data.token_cache import TokenRows
 from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.errors import UserError
 from finetune.launch.preflight import Resolved, fewest_rows
 from finetune.memory.estimate import HOST_LIBRARIES_BYTES, Estimate, estimate
-from finetune.memory.trace import MicroBatchShape
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.model.facts import ModelFacts
 from finetune.process.host_memory import host_memory
 from finetune.recipe.sizes import parse_bytes
@@ -59,20 +65,25 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
 
 
 def choose_micro_batch(
-    settled: Resolved, facts: ModelFacts, longest_tokens: int, say: Callable[[str], None]
+    settled: Resolved, facts: ModelFacts, data: PreparedData, say: Callable[[str], None]
 ) -> BatchPlan:
-    """The batch with the largest micro-batch whose rows of at most `longest_tokens` fit; says what was chosen and what
-    did not fit.
+    """The batch with the largest micro-batch of these rows that fits; says what was chosen and what did not fit.
 
-    Raises UserError where not one row does.
+    Packed, it is a number of tokens: a multiple of the longest row. Raises UserError where not one row fits.
     """
     loaded, strategy, batch = settled.loaded, settled.strategy, settled.batch
+    # rows held out come in micro-batches of the same size, and may be longer
+    held = [rows for rows in (data.train, data.evaluation) if rows is not None]
+    longest_tokens = max(int(rows.lengths.max()) for rows in held)
+    if batch.row_tokens is not None:
+        batch = dataclasses.replace(batch, row_tokens=longest_tokens)
     budget, source = budget_bytes(settled)
     sizes = micro_batches(settled)
     needs: dict[int, float] = {}
 
     def fits(rows: int) -> bool:
-        shape = MicroBatchShape(rows, longest_tokens, padded=rows > 1)
+        trained = None if loaded.recipe.data.streaming else most_trained(held, rows, longest_tokens, batch)
+        shape = MicroBatchShape(rows, longest_tokens, trained)
         needs[rows] = needed_bytes(
             estimate(loaded, facts, strategy, shape, batch.rows_per_rank // rows, on_cpu=not has_accelerator())
         )
@@ -91,13 +102,35 @@ def choose_micro_batch(
         fits(larger)
     more = f"; {larger} would take {human_bytes(needs[larger])}" if larger else ""
     say(
-        f"auto: {count(chosen, 'row')} of at most {longest_tokens} tokens per micro-batch take"
+        f"auto: {_said(result, chosen, longest_tokens)} per micro-batch take"
         f" {human_bytes(needs[chosen])} of {human_bytes(budget)} ({source}){more}. {result.line()}"
     )
     return result
 
 
+def _said(batch: BatchPlan, rows: int, longest_tokens: int) -> str:
+    if batch.budget_tokens is not None:
+        return f"{count(batch.budget_tokens, 'token')}, {count(rows, 'row')} of the longest,"
+    return f"{count(rows, 'row')} of at most {longest_tokens} tokens"
+
+
+def most_trained(held: Sequence[TokenRows], rows: int, longest_tokens: int, batch: BatchPlan) -> int:
+    """The most trained tokens that a micro-batch of so many rows, packed of as many tokens, can have."""
+    most = 0
+    for source in held:
+        if batch.row_tokens is None:
+            found = int(np.sort(source.trained)[-rows:].sum())
+        else:  # those rows first of which the largest share is trained, and of the row that is cut its share
+            order = np.argsort(-source.trained / source.lengths, kind="stable")
+            tokens, trained = (np.cumsum(values[order]) for values in (source.lengths, source.trained))
+            found = math.ceil(np.interp(rows * longest_tokens, [0, *tokens], [0, *trained]))
+        most = max(most, found)
+    return min(most, rows * longest_tokens)
+
+
 def next_smaller(batch: BatchPlan) -> BatchPlan | None:
-    """The same global batch with the next smaller micro-batch; None below one row."""
+    """The same global batch with the next smaller micro-batch, packed with half of it; None below one row."""
+    if batch.row_tokens is not None:
+        return batch.with_micro_batch(batch.per_device_rows // 2) if batch.per_device_rows > 1 else None
     smaller = [rows for rows in batch.micro_batches() if rows < batch.per_device_rows]
     return batch.with_micro_batch(smaller[-1]) if smaller else None

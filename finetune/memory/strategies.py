@@ -60,7 +60,7 @@ def _largest(inputs: PlanInputs, scenario: Scenario, sizes: Sequence[int]) -> Ou
 
 
 def _with_rows(inputs: PlanInputs, scenario: Scenario, rows: int) -> Scenario:
-    return dataclasses.replace(scenario, rows=rows, steps=inputs.settled.batch.rows_per_rank // rows)
+    return dataclasses.replace(scenario, rows=rows, steps=-(-inputs.settled.batch.rows_per_rank // rows))
 
 
 def table(settled: Resolved) -> list[Scenario]:
@@ -158,6 +158,11 @@ def _in_words(settled: Resolved, scenario: Scenario) -> str:
     if scenario.name == SMALLER:
         smaller, training = next_smaller(settled.batch), settled.loaded.recipe.training
         assert smaller is not None, "there is no such mitigation for one row"
+        if smaller.row_tokens is not None:
+            return (
+                f"set training.per_device_train_batch_size to {smaller.per_device_rows}: micro-batches of at most"
+                f" {smaller.micro_batch_size}, the same update"
+            )
         steps = smaller.accumulation_steps
         also = f" and training.gradient_accumulation_steps to {steps}"
         return (

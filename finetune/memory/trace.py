@@ -8,7 +8,7 @@ exact, because a layer more adds the same storages each time (tests/memory/test_
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -18,24 +18,18 @@ from torch import Tensor, nn
 
 from finetune.engine.clipping import clip_on_cpu
 from finetune.engine.optimizer import parameter_groups, torch_adamw
-from finetune.engine.storages import StorageTracker, pretending, without_padding
+from finetune.engine.storages import StorageTracker, pretending
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.model.facts import ModelFacts
+from finetune.model.load import objective_for
 from finetune.model.outline import outline, outlined, repeated_layers
 from finetune.model.parameters import PRECISION_DTYPES, Weights
+from finetune.objectives.micro_batch import MicroBatch
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import LoadedRecipe
 
 # of which the first or last has the peak: what is alive grows or shrinks by the same from layer to layer
 BETWEEN = "layers between"
-
-
-@dataclass(frozen=True)
-class MicroBatchShape:
-    """A micro-batch: rows of so many tokens each; `padded` where rows differ in length, which makes attention masks."""
-
-    rows: int
-    tokens: int
-    padded: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,25 +108,31 @@ def profile(
         first, second = (
             trace(loaded, facts, shape, micro_batches, precision, layers, period) for layers in (short, short + period)
         )
-        series = continued(first, second, (depth - short) // period)
+        periods = (depth - short) // period
+        series = combined([(1 - periods, first), (periods, second)])
     else:
         series = trace(loaded, facts, shape, micro_batches, precision, None, period)
     return Profile(series, weights)
 
 
-def continued(first: Series, second: Series, times: Fraction | int) -> Series:
-    """The series of a model that has `times` periods of layers more than `first`, where `second` has one more.
+def combined(parts: Sequence[tuple[Fraction | int, Series]]) -> Series:
+    """The series of a step in which every size is this sum of those in others, `parts` as (factor, series); the factors
+    add up to 1. A model of `n` more periods of layers than a first one, for instance, has 1 - n times its sizes and n
+    times those of the model with one period more.
 
     Each event of a part of a step is followed by itself. Parts whose events depend on the number of layers (the
     optimizer goes through all parameters) are followed by their peaks."""
     series = {}
-    for part, alive in first.items():
-        more = second[part]
-        if len(alive) != len(more):
-            alive, more = ([max(events, key=lambda kinds: sum(kinds.values()))] for events in (alive, more))
+    for part in parts[0][1]:
+        events = [one[part] for _, one in parts]
+        if len({len(one) for one in events}) > 1:
+            events = [[max(one, key=lambda kinds: sum(kinds.values()))] for one in events]
         series[part] = [
-            {kind: round(a.get(kind, 0) + times * (b.get(kind, 0) - a.get(kind, 0))) for kind in {*a, *b}}
-            for a, b in zip(alive, more, strict=True)
+            {
+                kind: round(sum(factor * kinds.get(kind, 0) for (factor, _), kinds in zip(parts, moment, strict=True)))
+                for kind in {kind for kinds in moment for kind in kinds}
+            }
+            for moment in zip(*events, strict=True)
         ]
     return series
 
@@ -157,16 +157,13 @@ def trace(
             if not (parameter.requires_grad and lora and (packed or precision.fp32_adapters)):
                 parameter.data = parameter.data.to(precision.compute_dtype)
     tracker = StorageTracker(record=True)
-    with pretending(), contextlib.nullcontext() if shape.padded else without_padding():
+    with pretending():
         network.to_empty(device="cpu")
         network.tie_weights()
-        module = SummedLoss(network)
+        module = SummedLoss(network, objective_for(network, facts))
         optimizer = _optimizer(network, loaded, precision)
-        batch = {
-            name: torch.ones(shape.rows, shape.tokens, dtype=torch.long)
-            for name in ("input_ids", "attention_mask", "labels")
-        }
-        tracker.forget(batch.values())
+        batch = shape.micro_batch()
+        tracker.forget(batch.tensors)
         with tracker, StepParts(network, tracker, period).watched():
             tracker.hold([*network.parameters(), *network.buffers()], "parameters")
             # a step without a backward before it: only to make the optimizer's states
@@ -186,7 +183,7 @@ def trace(
 def _window(
     module: SummedLoss,
     optimizer: torch.optim.Optimizer,
-    batch: dict[str, Tensor],
+    batch: MicroBatch,
     micro_batches: int,
     precision: Precision,
     tracker: StorageTracker,
@@ -196,8 +193,9 @@ def _window(
     compute = precision.compute_dtype if precision.autocast else torch.bfloat16  # autocast warns about float32
     for _ in range(micro_batches):
         with torch.autocast("cpu", compute, enabled=precision.autocast):
-            loss = module(batch)
+            loss = module(batch.inputs)
         (loss * 1.0 / 1.0).backward()
+        del loss
     tracker.kind = "buffers"
     tracker.enter("optimizer step")
     parameters = list(module.parameters())
@@ -213,7 +211,7 @@ def _optimizer(network: nn.Module, loaded: LoadedRecipe, precision: Precision) -
     training = loaded.recipe.training
     if training.optim != "adamw":
         return torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=training.learning_rate)
-    return torch_adamw(parameter_groups(network, training), training, fused=not precision.on_cpu)
+    return torch_adamw(parameter_groups(network, training), training)
 
 
 class StepParts:

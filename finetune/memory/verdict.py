@@ -11,7 +11,7 @@ from finetune.launch.preflight import Resolved
 from finetune.launch.strategy import Strategy
 from finetune.memory.estimate import HOST_LIBRARIES_BYTES, ByteRange, Estimate, estimate
 from finetune.memory.micro_batch import needed_bytes
-from finetune.memory.trace import MicroBatchShape
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.model.facts import ModelFacts
 from finetune.recipe.load import LoadedRecipe
 
@@ -76,7 +76,7 @@ def outcome(inputs: PlanInputs, scenario: Scenario) -> Outcome:
         scenario = dataclasses.replace(scenario, refused="; ".join(row.reason for row in rows))
     if scenario.refused:
         return Outcome(scenario, None)
-    strategy, shape = scenario.strategy, MicroBatchShape(scenario.rows, inputs.tokens, padded=scenario.rows > 1)
+    strategy, shape = scenario.strategy, MicroBatchShape(scenario.rows, inputs.tokens)
     try:
         found = estimate(scenario.loaded, inputs.facts, strategy, shape, scenario.steps, on_cpu=strategy.use_cpu)
     except UserError as error:

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the config says, before any weight is read. `export_dtype` is model.dtype with auto resolved."""
+    """What the config says, before any weight is read. `export_dtype` is model.dtype with auto resolved. `attention` is
+    the kernel that keeps packed rows apart (segment_attention.py); "" leaves it to the recipe and to transformers.
+    `fused_loss`: whether its head may compute the loss itself. Both are proved (proofs.py).
+    """
 
     architecture: str
     vocabulary: int
     max_positions: int | None
     export_dtype: str
+    attention: str = ""
+    fused_loss: bool = False
 
 
 def read_facts(loaded: LoadedRecipe) -> ModelFacts:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.errors import UserError
 from finetune.launch.strategy import Strategy
+from finetune.model import segment_attention
 from finetune.model.adapters import add_adapters, nf4_config, plain_4bit_layers
 from finetune.model.facts import ModelFacts, not_loadable, optional_packages, source_options
+from finetune.objectives.sft import Objective, fused_sft_loss, sft_loss
 from finetune.recipe.load import LoadedRecipe
 
 
@@ -25,8 +27,8 @@ def load_model(loaded: LoadedRecipe, strategy: Strategy, model_facts: ModelFacts
     Raises UserError when the weights cannot be read, or the recipe asks for what this model does not have."""
     section, lora = loaded.recipe.model, loaded.recipe.lora
     options: dict[str, Any] = {"dtype": getattr(torch, "float32" if lora is None else model_facts.export_dtype)}
-    if section.attn_implementation != "auto":
-        options["attn_implementation"] = section.attn_implementation
+    if attention := attention_of(loaded, model_facts):
+        options["attn_implementation"] = attention
     if section.load_in_4bit:
         options |= {"quantization_config": nf4_config(strategy), "device_map": {"": device}}
     if device.type == "meta":
@@ -36,6 +38,29 @@ def load_model(loaded: LoadedRecipe, strategy: Strategy, model_facts: ModelFacts
     if model.get_input_embeddings().num_embeddings < model_facts.vocabulary:
         grow_embedding(model, model_facts.vocabulary)
     return made_ready(model, loaded, model_facts)
+
+
+def attention_of(loaded: LoadedRecipe, model_facts: ModelFacts) -> str | None:
+    """The name of the attention kernel that transformers is given; None leaves the choice to it."""
+    asked = loaded.recipe.model.attn_implementation
+    if model_facts.attention:
+        segment_attention.register()
+        return model_facts.attention
+    return None if asked == "auto" else asked
+
+
+def objective_for(model: nn.Module, model_facts: ModelFacts) -> Objective:
+    """The loss of a model: by its head itself where that is proved and no adapter sits on the head."""
+    plain_head = type(model.get_output_embeddings()) is nn.Linear
+    chosen = fused_sft_loss if model_facts.fused_loss and plain_head else sft_loss
+    if model_facts.attention not in ("", segment_attention.SEGMENTS, segment_attention.VARLEN):
+        return chosen  # its mask is made from the positions
+
+    def loss(network: nn.Module, **inputs: Any) -> Tensor:
+        with segment_attention.no_search_for_packing():
+            return chosen(network, **inputs)
+
+    return loss
 
 
 def made_ready(model: nn.Module, loaded: LoadedRecipe, model_facts: ModelFacts) -> nn.Module:

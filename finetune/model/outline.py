@@ -10,7 +10,7 @@ from torch import nn
 
 from finetune.launch.compatibility import FLASH
 from finetune.model.facts import ModelFacts, optional_packages, read_config
-from finetune.model.load import made_ready
+from finetune.model.load import attention_of, made_ready
 from finetune.model.parameters import Weight, Weights
 from finetune.recipe.load import LoadedRecipe
 
@@ -26,7 +26,7 @@ def outline(loaded: LoadedRecipe, model_facts: ModelFacts, layers: int | None = 
     from transformers import AutoModelForCausalLM
 
     section = loaded.recipe.model
-    attention = None if section.attn_implementation == "auto" else section.attn_implementation
+    attention = attention_of(loaded, model_facts)
     if attention in FLASH:  # looks into its masks, which hold no values here; sdpa keeps as much for the backward
         attention = "sdpa"
     with optional_packages(), torch.device("meta"):
@@ -35,7 +35,7 @@ def outline(loaded: LoadedRecipe, model_facts: ModelFacts, layers: int | None = 
         text = config.get_text_config()
         text.vocab_size = max(text.vocab_size, model_facts.vocabulary)
         if layers is not None:
-            _shorten(text, layers)
+            shorten(text, layers)
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=getattr(torch, "float32" if loaded.recipe.lora is None else model_facts.export_dtype),
@@ -54,7 +54,8 @@ def repeats(config: PretrainedConfig) -> int:
     return next(n for n in range(1, depth + 1) if all(seen[n:] == seen[:-n] for seen in lists))
 
 
-def _shorten(config: PretrainedConfig, layers: int) -> None:
+def shorten(config: PretrainedConfig, layers: int) -> None:
+    """Give a (text) config so many layers, in place: its lists with a value per layer are cut, too."""
     depth = config.num_hidden_layers
     for name, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and len(value) == depth:

@@ -89,8 +89,11 @@ class DataSection(Section):
     """Instead of eval: this share of the training rows is held out, chosen by the seed."""
     max_length: int = Field(2048, ge=2)
     """Tokens per row at most; longer rows are truncated."""
-    packing: Literal[False] = False
-    """Put rows into micro-batches without padding. Not available yet: false is the only value."""
+    packing: bool = True
+    """Put rows into micro-batches one after the other, without padding. A micro-batch then holds at most
+    training.per_device_train_batch_size x max_length tokens, and each row attends to itself alone. The update is the
+    same as with false. A model that cannot keep rows apart is trained padded, and one line says so.
+    """
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
     """Tokens that are trained: all assistant turns with their end-of-turn token, only the last turn, or every token.
     In plain text every token is trained.
@@ -115,9 +118,13 @@ class TrainingSection(Section):
     global_batch_size: PositiveInt = 64
     """Rows per optimizer step, over all ranks and micro-batches."""
     per_device_train_batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Rows per micro-batch, the rows that one rank takes in one forward."""
+    """Rows per micro-batch: what one rank takes in one forward. With data.packing, a micro-batch takes rows of at most
+    this times data.max_length tokens.
+    """
     gradient_accumulation_steps: PositiveInt | Literal["auto"] = "auto"
-    """Micro-batches per rank and optimizer step; auto is derived from the two sizes above and the number of ranks."""
+    """Micro-batches per rank and optimizer step (K). auto, the only value with data.packing, follows from the two sizes
+    above and the number of ranks.
+    """
     learning_rate: float = Field(LEARNING_RATE_FULL, ge=0)
     """Peak learning rate. Default: 2e-4 with a lora section, 2e-5 without."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "cosine"

@@ -175,8 +175,6 @@ def _sentence(path: KeyPath, field: FieldInfo | None, kind: str, given: Mapping[
     if kind == "missing" or field is None:
         return f"{name} is missing and required" + (f": {field.description}" if field and field.description else ".")
     value = lookup(given, path)
-    if path == ("data", "packing") and value is True:
-        return "data.packing is true, but packing is not available yet: false is the only value."
     hint = ""
     if AUTO_OR_SIZE in field.metadata:
         hint = _no_size(value)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
-from finetune.batching.layout import largest_micro_batches
+from finetune.batching.plan import BatchPlan
 from finetune.batching.windows import row_order, rows_of_epoch
 from finetune.engine.devices import device_limit_bytes, has_accelerator
 from finetune.engine.meter import Meter
 from finetune.errors import UserError, reason
 from finetune.launch.preflight import Resolved
 from finetune.memory.estimate import ByteRange, Estimate, Items, estimate
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.memory.strategies import fewer_activations, less_to_hold
-from finetune.memory.trace import MicroBatchShape
 from finetune.memory.verdict import host_range
 from finetune.process.host_memory import HostMemory, gib, host_memory, swap_bytes
 from finetune.recipe.load import LoadedRecipe
@@ -27,54 +27,88 @@ from finetune.training.job import JobSpec
 # What a trainer's process takes from the forecast to its steps beside tensors: libraries that are imported by then,
 # kernels' own memory. Medians of docs/benchmarks/memory.md's runs without it, on Linux and the CPU; a GPU's driver
 # takes more, unmeasured.
+MOST_WINDOWS = 10_000  # that are laid out beforehand: seconds
 LATER_BYTES = {"single": 45 * 2**20, "ddp": 50 * 2**20, "deepspeed": 110 * 2**20}
 
 
-def largest_shapes(plan: JobSpec) -> list[MicroBatchShape]:
-    """The micro-batches of this run with the most tokens: of those that begin a window, and of the later ones, which
-    meet gradients.
+def largest_shapes(plan: JobSpec) -> list[tuple[MicroBatchShape, bool]]:
+    """The micro-batches of this run that may take the most memory, each with whether it meets gradients of earlier ones
+    in its window: those with the most tokens, and those with the most positions that have logits.
 
-    Exact for a constant batch over rows in memory; else one, the most there could be.
-    """
+    From the windows of a constant batch over rows in memory, the first MOST_WINDOWS of them; else one, the most there
+    could be."""
     recipe, batch, train = plan.loaded.recipe, plan.batch, plan.data.train
-    training, sizes = recipe.training, plan.schedule.batch
+    sizes = plan.schedule.batch
     if recipe.data.streaming or sizes.varies or sizes.adapts:
         longest = recipe.data.max_length if recipe.data.streaming else int(train.lengths.max())
-        return [MicroBatchShape(batch.per_device_rows, longest, batch.per_device_rows > 1)]
-    left = plan.schedule.planned_steps * batch.global_batch_rows
-    epochs = training.num_train_epochs if training.max_steps is None else None
-    longest, ragged = (
-        int(train.lengths.max()),
-        batch.per_device_rows > 1 and int(train.lengths.min()) < int(train.lengths.max()),
-    )
-    found: list[tuple[int, int, bool]] = []  # of the first micro-batches, of the later ones
-    epoch = 0
-    while left > 0 and (rows := rows_of_epoch(len(train), math.inf if epochs is None else epochs, epoch)):
-        order = row_order(len(train), training.seed, epoch)[: min(rows, left)]
-        here = largest_micro_batches(train.lengths, order, batch.global_batch_rows, batch.per_device_rows, batch.ranks)
-        places = zip_longest(found, here)
-        found = [max(filter(None, place), key=lambda one: (one[0] * one[1], one[2])) for place in places]
-        if all(one == (batch.per_device_rows, longest, ragged) for one in found):
-            break  # no later epoch has a larger one
-        # a window never spans two epochs: the last one of an epoch may be short, and still is a step
-        left -= math.ceil(rows / batch.global_batch_rows) * batch.global_batch_rows
-        epoch += 1
-    return [MicroBatchShape(*one) for one in found]
+        shape = MicroBatchShape(batch.per_device_rows, longest)
+        if batch.row_tokens is not None:
+            lengths = (batch.row_tokens,) * batch.per_device_rows
+            shape = MicroBatchShape(1, sum(lengths), segment_lengths=lengths)
+        return [(shape, batch.accumulation_steps > 1)]
+    lengths, trained = train.lengths.tolist(), train.trained.tolist()
+    found: dict[tuple[bool, str], tuple[int, tuple[int, ...]]] = {}
+    for window in itertools.islice(_windows(plan), MOST_WINDOWS):
+        for part_of_rank in batch.deal(window, [lengths[i] for i in window]):
+            for k, rows in enumerate(part_of_rank):
+                sizes_by = {"tokens": _positions(batch, rows, lengths), "trained": sum(trained[i] for i in rows)}
+                for name, size in sizes_by.items():
+                    if size > found.get((k > 0, name), (-1, ()))[0]:
+                        found[k > 0, name] = (size, rows)
+    shapes = {(_shape(batch, rows, lengths, trained), later) for (later, _), (_, rows) in found.items()}
+    # what begins a window meets no gradients: only a larger one can be its peak
+    return [
+        (shape, later)
+        for shape, later in shapes
+        if later
+        or not any(m and s.positions >= shape.positions and s.predicting >= shape.predicting for s, m in shapes)
+    ]
+
+
+def _windows(plan: JobSpec) -> Iterator[list[int]]:
+    """The rows of every window of a constant batch over rows in memory."""
+    recipe, batch, train = plan.loaded.recipe, plan.batch, plan.data.train
+    epochs = recipe.training.num_train_epochs if recipe.training.max_steps is None else None
+    left = plan.schedule.planned_steps
+    for epoch in itertools.count():
+        rows = rows_of_epoch(len(train), math.inf if epochs is None else epochs, epoch)
+        order = row_order(len(train), recipe.training.seed, epoch)[:rows].tolist()
+        for first in range(0, len(order), batch.global_batch_rows):
+            if not left:
+                return
+            left -= 1
+            yield order[first : first + batch.global_batch_rows]
+        if not rows:
+            return
+
+
+def _positions(batch: BatchPlan, rows: Sequence[int], lengths: Sequence[int]) -> int:
+    """Tokens of a micro-batch, padding included."""
+    if batch.row_tokens is None:
+        return len(rows) * max([lengths[i] for i in rows], default=0)
+    return sum(lengths[i] for i in rows)
+
+
+def _shape(batch: BatchPlan, rows: Sequence[int], lengths: Sequence[int], trained: Sequence[int]) -> MicroBatchShape:
+    predicting = sum(trained[i] for i in rows)
+    if batch.row_tokens is None:
+        return MicroBatchShape(len(rows), max(lengths[i] for i in rows), predicting)
+    segments = tuple(lengths[i] for i in rows)
+    return MicroBatchShape(1, sum(segments), predicting, segments)
 
 
 def forecast(plan: JobSpec) -> tuple[Estimate, MicroBatchShape] | str:
     """The memory of this run before it starts, and the micro-batch that decides it; why it is not known, which is no
     reason not to train.
     """
-    first, *later = largest_shapes(plan)
     steps = plan.batch.accumulation_steps
-    cases = [(shape, steps) for shape in later]
-    if not later or (first.rows * first.tokens, first.padded) > (later[0].rows * later[0].tokens, later[0].padded):
-        cases.append((first, 1 if later else steps))  # what begins a window meets no gradients
     try:
         found = [
-            (estimate(plan.loaded, plan.facts, plan.strategy, shape, k, on_cpu=not has_accelerator()), shape)
-            for shape, k in cases
+            (
+                estimate(plan.loaded, plan.facts, plan.strategy, shape, steps if later else 1, not has_accelerator()),
+                shape,
+            )
+            for shape, later in largest_shapes(plan)
         ]
     except Exception as error:  # noqa: BLE001 - a model's own code may raise anything; loading it says what is really wrong
         return f"not known beforehand: {reason(error)}"

@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from finetune.batching.batch_size import batch_schedule
-from finetune.batching.layout import split_into_micro_batches
 from finetune.batching.learning_rate import Schedule, lr_scaling, warmup_steps_of
 from finetune.batching.plan import BatchPlan
 from finetune.batching.windows import (
@@ -21,7 +19,7 @@ from finetune.batching.windows import (
     planned_windows,
     stream_window,
 )
-from finetune.data import collate as collating
+from finetune.data import collate
 from finetune.data.prepare import PreparedData
 from finetune.data.prepare import prepare as prepare_data
 from finetune.data.stream import StreamRows, open_stream
@@ -37,10 +35,12 @@ from finetune.launch import preflight
 from finetune.launch.strategy import Strategy
 from finetune.memory.micro_batch import choose_micro_batch
 from finetune.model.facts import ModelFacts, read_facts
-from finetune.model.load import load_model
+from finetune.model.load import load_model, objective_for
 from finetune.model.outline import weights_beforehand
 from finetune.model.parameters import frozen_type, parameter_counts
+from finetune.model.proofs import packing_kernel, why_not_isolated, with_fused_loss
 from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
+from finetune.objectives.micro_batch import MicroBatch
 from finetune.objectives.sft import SummedLoss
 from finetune.process.watchdog import ranks_wait
 from finetune.recipe.load import LoadedRecipe
@@ -118,13 +118,18 @@ class Job:
         return window.epoch + (window.first_row + len(window.rows)) / self.train_row_count
 
     def local_rows(self, window: Window) -> list[tuple[int, ...]]:
-        """The rows of this rank's micro-batches of a window; equally many on every rank, some perhaps empty."""
-        return split_into_micro_batches(window.rows, self.engine.ranks, self.batch.per_device_rows)[self.engine.rank]
+        """The rows of this rank's micro-batches of a window; equally many on every rank, some perhaps empty.
 
-    def collate(self, source: TokenRows | StreamRows, rows: tuple[int, ...]) -> dict[str, Tensor]:
-        """One micro-batch (rows, tokens) of these rows of a source; an empty one for no rows."""
+        Where the noise is measured, micro-batches are samples of the window: at least two, not sorted by length.
+        """
+        lengths, measured = [self.train_rows.length(i) for i in window.rows], self.measures_noise(window)
+        return self.batch.deal(window.rows, lengths, fewest=1 + measured, in_order=measured)[self.engine.rank]
+
+    def collate(self, source: TokenRows | StreamRows, rows: tuple[int, ...]) -> MicroBatch:
+        """One micro-batch of these rows of a source; an empty one for no rows."""
         padding = padding_id(self.plan.tokenizer, self.plan.facts.vocabulary)
-        return collating.collate([source.row(i) for i in rows], padding)
+        make = collate.padded if self.batch.row_tokens is None else collate.packed
+        return make([source.row(i) for i in rows], padding)
 
 
 def prepare(loaded: LoadedRecipe, strategy: Strategy, say: Callable[[str], None]) -> JobSpec:
@@ -139,18 +144,31 @@ def prepare(loaded: LoadedRecipe, strategy: Strategy, say: Callable[[str], None]
     tokenizer = load_tokenizer(loaded)
     prepared = (open_stream if loaded.recipe.data.streaming else prepare_data)(loaded, tokenizer, say)
     facts = check_rows(loaded, strategy, facts, tokenizer, prepared)
+    facts, batch = fastest(loaded, settled.strategy, facts, batch, say)
     rows = 0 if isinstance(prepared.train, StreamRows) else len(prepared.train)  # a stream has max_steps
     schedule = make_schedule(loaded, batch, rows)
     if chosen := batch.open:
-        # rows held out come in micro-batches of the same size, and may be longer
-        held = (prepared.train, prepared.evaluation)
-        longest = (
-            loaded.recipe.data.max_length
-            if loaded.recipe.data.streaming
-            else max(int(r.lengths.max()) for r in held if r is not None)
-        )
-        batch = choose_micro_batch(settled, facts, longest, say)
+        batch = choose_micro_batch(replace(settled, batch=batch), facts, prepared, say)
     return JobSpec(loaded, strategy, batch, max_grad_norm, facts, tokenizer, prepared, schedule, chosen)
+
+
+def fastest(
+    loaded: LoadedRecipe, strategy: Strategy, facts: ModelFacts, batch: BatchPlan, say: Callable[[str], None]
+) -> tuple[ModelFacts, BatchPlan]:
+    """The facts with the fastest ways that this model is proved to go: the attention kernel for packed rows where the
+    recipe packs, else the batch of padded rows and a line that says why; and a head that computes the loss itself.
+    """
+    facts = with_fused_loss(loaded, strategy, facts)
+    if batch.row_tokens is None:
+        return facts, batch
+    kernel = packing_kernel(loaded, strategy)
+    if why := why_not_isolated(loaded, kernel):
+        say(
+            f"{loaded.location('data.packing')}: data.packing is true, but {facts.architecture} cannot keep packed rows"
+            f" apart: {why}. Its rows are padded: the same mathematics, slower."
+        )
+        return facts, replace(batch, row_tokens=None)
+    return replace(facts, attention=kernel), batch
 
 
 def check_rows(
@@ -225,7 +243,7 @@ def assemble(plan: JobSpec, say: Callable[[str], None], measure: bool = False) -
         trained, parameters = parameter_counts(network)
         optimizer = make_optimizer(network, plan.loaded.recipe.training, plan.strategy)
         name = optimizer_name(optimizer)
-        engine.prepare(SummedLoss(network), optimizer)
+        engine.prepare(SummedLoss(network, objective_for(network, plan.facts)), optimizer)
         engine.meter.point("prepare")
     described = {
         "parameters": parameters,

@@ -39,10 +39,7 @@ def try_micro_batch(plan: JobSpec, say: Callable[[str], None]) -> JobSpec:
     smaller = next_smaller(plan.batch)
     if smaller is not None:
         less = dataclasses.replace(plan, batch=smaller)
-        say(
-            f"auto: {plan.batch.per_device_rows} rows per micro-batch run out of memory here ({reason}):"
-            f" {smaller.line()}."
-        )
+        say(f"auto: {plan.batch.micro_batch_size} per micro-batch run out of memory here ({reason}): {smaller.line()}.")
         if not (again := _runs_out_of_memory(less)):
             return less
         reason = again
@@ -57,8 +54,10 @@ def _runs_out_of_memory(plan: JobSpec) -> str:
     """Whether windows of the longest rows run out of memory on any rank, in words; nothing of it is kept."""
     job, reason = assemble(plan, lambda line: None), ""
     try:
-        longest = np.argsort(plan.data.train.lengths, kind="stable")[-plan.batch.per_device_rows :]
-        batch = job.collate(job.train_rows, tuple(longest.tolist()))
+        longest = np.argsort(plan.data.train.lengths, kind="stable")[-plan.batch.per_device_rows :].tolist()
+        if plan.batch.budget_tokens is not None:  # no longer a row than there is, but as many as there is room for
+            longest = _fill(plan.data.train.lengths, plan.batch.budget_tokens)
+        batch = job.collate(job.train_rows, tuple(longest))
         stepped = False
         for _ in range(WINDOWS):
             accumulate(job.engine, [batch] * min(2, plan.batch.accumulation_steps))
@@ -70,10 +69,10 @@ def _runs_out_of_memory(plan: JobSpec) -> str:
             raise
         reason = f"{human_bytes(device_limit_bytes())} on this device" if has_accelerator() else "out of host memory"
     if job.engine.ranks > 1:
-        said = exchange_through_store(f"trial of {plan.batch.per_device_rows} rows", reason, TIMEOUT_SECONDS)
+        said = exchange_through_store(f"trial of {plan.batch.micro_batch_size}", reason, TIMEOUT_SECONDS)
         if said is None:  # the others wait in a collective that this rank left: no way on but to end
             raise OutOfMemory(
-                f"{plan.loaded.location(KEY)}: {plan.batch.per_device_rows} rows per micro-batch, chosen by auto, run"
+                f"{plan.loaded.location(KEY)}: {plan.batch.micro_batch_size} per micro-batch, chosen by auto, run"
                 f" out of memory on rank {job.engine.rank} alone ({reason or 'another rank'}). Set {KEY} to less than"
                 " what is there."
             )
@@ -83,6 +82,12 @@ def _runs_out_of_memory(plan: JobSpec) -> str:
     gc.collect()
     empty_cache()
     return reason
+
+
+def _fill(lengths: np.ndarray, budget_tokens: int) -> list[int]:
+    """The longest rows that fill a packed micro-batch, the longest first."""
+    order = np.argsort(-lengths, kind="stable")
+    return order[np.cumsum(lengths[order]) <= budget_tokens].tolist()
 
 
 def exchange_through_store(key: str, text: str, timeout_seconds: float) -> list[str] | None:

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 
 from finetune.batching import noise_scale
-from finetune.batching.layout import split_into_micro_batches
 from finetune.batching.noise_scale import NoiseState
 from finetune.batching.windows import Position, Window
 from finetune.engine.gradient_norms import MicroBatchGradNorms
 from finetune.errors import Diverged
-from finetune.objectives.sft import trained_tokens
 from finetune.process import heartbeat
 from finetune.process.heartbeat import row_numbers
 from finetune.process.stop_signals import Requests
@@ -26,6 +24,7 @@ from finetune.training.job import Job
 SKIPPED_IN_A_ROW = 3
 # the same with fp16's loss scaler, which halves its scale at each: far below any useful one by then
 SCALED_IN_A_ROW = 50
+EVALUATION_ROWS = 1024  # rows that are laid out together
 
 
 @dataclass(frozen=True)
@@ -76,19 +75,18 @@ def train_window(job: Job, window: Window, position: Position, requests: Callabl
     micro_batches = [job.collate(job.train_rows, rows) for rows in local_rows]
     learning_rate = job.schedule.learning_rate(position.step, position.applied_rows, position.noise.doublings)
     tokens, input_tokens = engine.all_reduce_sum(
-        sum(trained_tokens(batch) for batch in micro_batches),
-        sum(int(batch["attention_mask"].sum()) for batch in micro_batches if trained_tokens(batch)),
+        sum(batch.trained_tokens for batch in micro_batches), sum(batch.input_tokens for batch in micro_batches)
     )
     engine.set_lr(learning_rate)
     watch = engine.track_gradient_norms(tokens) if job.measures_noise(window) else None
     summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     for k, (rows, micro_batch) in enumerate(zip(local_rows, micro_batches, strict=True)):
         where = f"window {window.index + 1} (after step {position.step}), micro-batch {k + 1} of {len(micro_batches)}"
-        heartbeat.update(where, rows, micro_batch["input_ids"].shape)
+        heartbeat.update(where, rows, micro_batch.shape)
         seed_randomness(job.seed, window.index, k, engine.rank)
         summed_loss += engine.micro_step(micro_batch, denominator=tokens, last=k == len(micro_batches) - 1)
         if watch:
-            watch.end_micro_batch(trained_tokens(micro_batch))
+            watch.end_micro_batch(micro_batch.trained_tokens)
     noise = _measure_noise(job, position, watch, tokens, len(window.rows)) if watch else position.noise
     asked = requests()
     loss, stops, saves = engine.all_reduce_sum(summed_loss / tokens, asked.stop, asked.save)
@@ -146,13 +144,14 @@ def evaluate(job: Job) -> float:
     summed_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     tokens = 0
     with engine.evaluating():
-        rows_of_ranks = split_into_micro_batches(range(len(source)), engine.ranks, job.batch.per_device_rows)
-        for rows in rows_of_ranks[engine.rank]:
-            # padded with empty micro-batches to the same number per rank
-            batch = job.collate(source, rows)
-            heartbeat.update("evaluation", rows, batch["input_ids"].shape)
-            summed_loss += engine.evaluate_batch(batch)
-            tokens += trained_tokens(batch)
+        for first in range(0, len(source), EVALUATION_ROWS):
+            part = range(first, min(first + EVALUATION_ROWS, len(source)))
+            # the same number of micro-batches on every rank, some perhaps empty
+            for rows in job.batch.deal(part, source.lengths[first : part.stop].tolist())[engine.rank]:
+                batch = job.collate(source, rows)
+                heartbeat.update("evaluation", rows, batch.shape)
+                summed_loss += engine.evaluate_batch(batch)
+                tokens += batch.trained_tokens
     total_loss, total_tokens = engine.all_reduce_sum(summed_loss, tokens)
     return total_loss / total_tokens
 

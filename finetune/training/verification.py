@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.batching.layout import split_into_micro_batches
-from finetune.data.collate import collate
+from finetune.batching.plan import BatchPlan
+from finetune.data import collate
 from finetune.data.prepare import prepare
 from finetune.data.token_cache import TokenRow, TokenRows
 from finetune.engine.engine import Engine
@@ -30,11 +30,12 @@ from finetune.errors import UserError
 from finetune.launch.preflight import Resolved
 from finetune.model.distance import change, norm, relative
 from finetune.model.facts import read_facts
-from finetune.model.load import load_model
+from finetune.model.load import load_model, objective_for
 from finetune.model.shrink import shrink
 from finetune.model.tokenizer import load_tokenizer, needed_vocabulary, padding_id
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
+from finetune.training.job import fastest
 from finetune.training.one_batch_reference import Reference, accumulate
 
 MOST_MICRO_BATCHES = 8  # of the configured window, without --full
@@ -83,6 +84,7 @@ def verification(recipe_path: str, overrides: Sequence[str], settled: Resolved, 
     small = load_recipe(recipe_path, [o for o in overrides if o.partition("=")[0] not in ours] + changes)
     facts = read_facts(small)
     facts = dataclasses.replace(facts, vocabulary=needed_vocabulary(small, strategy, facts, tokenizer, max_token_id))
+    facts, batch = fastest(small, strategy, facts, batch, _to_stderr)
     padding = padding_id(tokenizer, facts.vocabulary)
     reference = Reference(small, facts, padding) if os.environ.get("RANK", "0") == "0" else None
     engine = start_engine(
@@ -91,13 +93,15 @@ def verification(recipe_path: str, overrides: Sequence[str], settled: Resolved, 
     network = load_model(small, strategy, facts, engine.device)
     for module in [network, reference.network] if reference else [network]:
         _no_dropout(module)
-    engine.prepare(SummedLoss(network), make_optimizer(network, small.recipe.training, strategy))
+    engine.prepare(
+        SummedLoss(network, objective_for(network, facts)), make_optimizer(network, small.recipe.training, strategy)
+    )
     rate = engine.broadcast_object(STEP_SHARE * norm(engine.full_state_dict(only_trained=True)))
     engine.set_lr(rate)
     if reference is not None:
         reference.set_lr(rate)
     cases = [
-        _case(engine, reference, name, [rows[i % len(rows)] for i in range(count)], batch.per_device_rows, padding)
+        _case(engine, reference, name, [rows[i % len(rows)] for i in range(count)], batch, padding)
         for name, count in _windows(batch.per_device_rows * batch.ranks, steps)
     ]
     different = sum(case is not None and not case.passed for case in cases)
@@ -133,13 +137,14 @@ def _windows(unit: int, steps: int) -> list[tuple[str, int]]:
 
 
 def _case(
-    engine: Engine, reference: Reference | None, name: str, rows: list[TokenRow], per_device_rows: int, padding: int
+    engine: Engine, reference: Reference | None, name: str, rows: list[TokenRow], batch: BatchPlan, padding: int
 ) -> Case | None:
     """One window through the engine; on rank 0 (with the reference) the case, None elsewhere. A collective."""
-    share = split_into_micro_batches(range(len(rows)), engine.ranks, per_device_rows)[engine.rank]
+    share = batch.deal(range(len(rows)), [len(row.input_ids) for row in rows])[engine.rank]
+    make = collate.padded if batch.row_tokens is None else collate.packed
     share += [()] * name.startswith("empty")  # also where one rank would have none
     before = engine.full_state_dict(only_trained=True)
-    accumulate(engine, [collate([rows[i] for i in part], padding) for part in share])
+    accumulate(engine, [make([rows[i] for i in part], padding) for part in share])
     after = engine.full_state_dict(only_trained=True)
     if reference is None:
         return None

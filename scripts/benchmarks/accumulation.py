@@ -27,6 +27,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from finetune.data.collate import padded
+from finetune.data.token_cache import TokenRow
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
@@ -34,7 +36,8 @@ from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
 from finetune.launch.start import free_port
 from finetune.launch.strategy import one_process
-from finetune.objectives.sft import SummedLoss, sft_loss, trained_tokens
+from finetune.objectives.micro_batch import MicroBatch
+from finetune.objectives.sft import SummedLoss, sft_loss
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -56,21 +59,18 @@ def make_model(sizes: dict, seed: int = 0) -> torch.nn.Module:
     )
 
 
-def make_batch(random: np.random.Generator, lengths: list[int], trained: list[int]) -> dict[str, Tensor]:
-    """A padded micro-batch (rows, tokens) of random tokens; each row trains its last `trained` tokens."""
-    width = max(lengths)
-    ids = np.zeros((len(lengths), width), dtype=np.int64)
-    labels = np.full_like(ids, -100)
-    mask = np.zeros_like(ids)
-    for row, (length, count) in enumerate(zip(lengths, trained, strict=True)):
-        ids[row, :length] = random.integers(1, VOCABULARY, length)
-        mask[row, :length] = 1
-        labels[row, length - count : length] = ids[row, length - count : length]
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "labels": torch.from_numpy(labels),
-        "attention_mask": torch.from_numpy(mask),
-    }
+def make_rows(random: np.random.Generator, lengths: list[int], trained: list[int]) -> list[TokenRow]:
+    """Rows of random tokens; each trains its last `trained` tokens."""
+    rows = []
+    for length, count in zip(lengths, trained, strict=True):
+        ids = random.integers(1, VOCABULARY, length)
+        rows.append(TokenRow(ids, np.where(np.arange(length) >= length - count, ids, -100)))
+    return rows
+
+
+def make_batch(random: np.random.Generator, lengths: list[int], trained: list[int]) -> MicroBatch:
+    """A padded micro-batch of such rows."""
+    return padded(make_rows(random, lengths, trained), 0)
 
 
 def memory(rows: int = 8, tokens: int = 512) -> list[dict]:
@@ -99,7 +99,7 @@ def memory(rows: int = 8, tokens: int = 512) -> list[dict]:
             for _ in range(2):
                 with tracker:
                     for k in range(steps):
-                        engine.micro_step(batch, float(steps * trained_tokens(batch)), last=k == steps - 1)
+                        engine.micro_step(batch, float(steps * batch.trained_tokens), last=k == steps - 1)
                         tracker.reset_mod_stats()
             peak = {
                 getattr(kind, "value", kind): size
@@ -127,10 +127,10 @@ def gradient(model: torch.nn.Module) -> Tensor:
     return vector
 
 
-def accumulated(model, batches: list[dict], divisors: list[float]) -> Tensor:
+def accumulated(model, batches: list[MicroBatch], divisors: list[float]) -> Tensor:
     """Gradient of the sum of each micro-batch's summed loss over its divisor."""
     for batch, divisor in zip(batches, divisors, strict=True):
-        (sft_loss(model, batch) / divisor).backward()
+        (sft_loss(model, **batch.inputs) / divisor).backward()
     return gradient(model)
 
 
@@ -141,11 +141,11 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 
 def ragged_window(
     random: np.random.Generator, spread: float, steps: int = 8, rows: int = 2, mean: int = 24
-) -> list[dict]:
-    """K micro-batches whose rows have lognormal trained tokens with this coefficient of variation (std over mean)."""
+) -> list[list[TokenRow]]:
+    """The rows of K micro-batches, with lognormal trained tokens with this coefficient of variation (std over mean)."""
     sigma = float(np.sqrt(np.log1p(spread**2)))
     counts = np.clip(np.rint(mean * random.lognormal(-(sigma**2) / 2, sigma, (steps, rows))), 1, 300).astype(int)
-    return [make_batch(random, [4 + int(n) for n in row], [int(n) for n in row]) for row in counts]
+    return [make_rows(random, [4 + int(n) for n in row], [int(n) for n in row]) for row in counts]
 
 
 def raggedness() -> list[dict]:
@@ -154,16 +154,10 @@ def raggedness() -> list[dict]:
     for spread in (0.0, 0.25, 0.5, 1.0, 1.5, 2.0):
         errors: dict[str, list[float]] = {"mean of means": [], "window denominator": []}
         for seed in range(5):
-            batches = ragged_window(np.random.default_rng(seed), spread)
-            tokens = [trained_tokens(b) for b in batches]
-            lengths = [int(row.sum()) for b in batches for row in b["attention_mask"]]
-            width = max(lengths)
-            whole = {
-                key: torch.cat(
-                    [torch.nn.functional.pad(b[key], (0, width - b[key].shape[1]), value=fill) for b in batches]
-                )
-                for key, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))
-            }
+            window = ragged_window(np.random.default_rng(seed), spread)
+            batches = [padded(rows, 0) for rows in window]
+            tokens = [batch.trained_tokens for batch in batches]
+            whole = padded([row for rows in window for row in rows], 0)
             wanted = accumulated(model, [whole], [sum(tokens)])
             errors["mean of means"].append(
                 difference(accumulated(model, batches, [len(batches) * t for t in tokens]), wanted)
@@ -182,7 +176,6 @@ def chats() -> dict:
     """
     from finetune.batching.layout import split_into_micro_batches
     from finetune.batching.windows import Position, next_window
-    from finetune.data.collate import collate
     from finetune.model.load import load_model
     from finetune.recipe.load import load_recipe
     from finetune.training.job import prepare
@@ -192,7 +185,9 @@ def chats() -> dict:
         subprocess.run(
             [sys.executable, "-m", "scripts.quickstart.tiny_model", "--output", base, "--untrained-only"], check=True
         )
-        loaded = load_recipe(REPOSITORY / "recipes/quickstart/sft.yaml", [f"model.name_or_path={base}-init"])
+        loaded = load_recipe(
+            REPOSITORY / "recipes/quickstart/sft.yaml", [f"model.name_or_path={base}-init", "data.packing=false"]
+        )
         plan = prepare(loaded, one_process(use_cpu=True), print)
         network = load_model(loaded, plan.strategy, plan.facts, torch.device("cpu"))
         errors, counts, position = [], [], Position()
@@ -200,9 +195,9 @@ def chats() -> dict:
             window = next_window(position, len(plan.data.train), plan.batch.global_batch_rows, 42)
             position = position.after(window, True)
             parts = split_into_micro_batches(window.rows, 1, plan.batch.per_device_rows)[0]
-            batches = [collate([plan.data.train.row(i) for i in part], 0) for part in parts]
-            tokens = [trained_tokens(b) for b in batches]
-            counts += [int((row[1:] != -100).sum()) for b in batches for row in b["labels"]]
+            batches = [padded([plan.data.train.row(i) for i in part], 0) for part in parts]
+            tokens = [batch.trained_tokens for batch in batches]
+            counts += [int(plan.data.train.trained[i]) for i in window.rows]
             wanted = accumulated(network, batches, [sum(tokens)] * len(batches))
             errors.append(difference(accumulated(network, batches, [len(batches) * t for t in tokens]), wanted))
     found = {"mean of means": errors, "spread": statistics.stdev(counts) / statistics.mean(counts), "K": len(parts)}
@@ -216,11 +211,11 @@ def loops() -> dict:
     """
     model, random = make_model(SMALL), np.random.default_rng(1)
     batches = [make_batch(random, [32] * 2, [31] * 2) for _ in range(4)]
-    tokens = sum(map(trained_tokens, batches))
+    tokens = sum(batch.trained_tokens for batch in batches)
     wanted = accumulated(model, batches, [tokens] * 4)
     for batch in batches:  # zero_grad at the top of the loop's body, step behind the loop
         model.zero_grad()
-        (sft_loss(model, batch) / tokens).backward()
+        (sft_loss(model, **batch.inputs) / tokens).backward()
     zeroed = difference(gradient(model), wanted)
     undivided = difference(accumulated(model, batches, [tokens / 4] * 4), wanted)
     return {"gradients zeroed in every micro-batch": zeroed, "loss not divided by K": undivided}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from finetune.batching.layout import split_into_micro_batches
-from finetune.data.collate import collate
+from finetune.data.collate import padded
 from finetune.data.token_cache import TokenRow
 from finetune.engine.engine import Engine
 from finetune.engine.libraries import prepare_libraries
@@ -88,7 +88,7 @@ def accumulated(recipe_path: str, strategy, micro_step) -> dict:
     try:
         for part in parts:
             share = split_into_micro_batches(range(WINDOW_ROWS), engine.ranks, PER_DEVICE_ROWS)[engine.rank]
-            accumulate(engine, [collate([part[i] for i in micro_batch], 0) for micro_batch in share])
+            accumulate(engine, [padded([part[i] for i in micro_batch], 0) for micro_batch in share])
             norms.append(engine.grad_norm())
             states.append(engine.full_state_dict(only_trained=True))
     finally:

@@ -16,6 +16,7 @@ from finetune.launch.preflight import advice, first_stage
 from tests.support.tiny_models import small_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
+PADDED = "data.packing=false"
 BROKEN = "model: {name_or_path: org/model}\ntraining: {sede: 1, cutoff_len: 3}\n"
 SAY_WHAT_WAS_IMPORTED = """
 import sys
@@ -69,7 +70,7 @@ def test_a_good_recipe_is_summarised(recipe, capsys):
         "40 rows, ",
         "longest row",
         "; 5 steps",
-        "8 rows per optimizer step = 2 rows per micro-batch x K=4 micro-batches x 1 rank",
+        "8 rows per optimizer step over 1 rank, packed into micro-batches of at most 128 tokens",
         "one process, no mixed precision (no launch file was given",
     ):
         assert words in said
@@ -77,11 +78,11 @@ def test_a_good_recipe_is_summarised(recipe, capsys):
 
 
 def test_a_launch_file_changes_the_arithmetic(recipe, capsys):
-    check(str(recipe), ["training.global_batch_size=32"], str(ROOT / "accelerate_configs" / "zero2.yaml"))
+    check(str(recipe), ["training.global_batch_size=32", PADDED], str(ROOT / "accelerate_configs" / "zero2.yaml"))
     said = capsys.readouterr().out
     assert "x K=2 micro-batches x 8 ranks" in said and "DeepSpeed ZeRO-2, 8 ranks, bf16" in said
     with pytest.raises(UserError, match="does not divide it"):
-        check(str(recipe), [], str(ROOT / "accelerate_configs" / "zero2.yaml"))
+        check(str(recipe), [PADDED], str(ROOT / "accelerate_configs" / "zero2.yaml"))
 
 
 def test_the_learning_rate_is_shown_with_its_scaling(recipe, capsys):
@@ -117,7 +118,8 @@ def test_many_micro_batches_without_clipping_are_warned_about_in_one_line(recipe
 
 
 def test_a_batch_that_grows_is_shown_with_its_k(recipe, capsys):
-    check(str(recipe), ["accumulation.schedule=warmup", "accumulation.warmup=[[0.5, 0.25], [1, 1]]"], None)
+    grows = ["accumulation.schedule=warmup", "accumulation.warmup=[[0.5, 0.25], [1, 1]]", PADDED]
+    check(str(recipe), grows, None)
     said = capsys.readouterr().out
     # 40 rows: ten windows of 2, then 8, 8 and 4
     assert "x 1 rank; 2 rows (K=1) until 0.5 of the run, 8 rows (K=4) until 1 of the run; 13 steps" in said
@@ -166,8 +168,14 @@ def test_stages_without_a_schedule_and_unknown_schedules_are_refused(recipe):
             "none but 1 lies between smallest and largest",
         ),
         (["accumulation={schedule: adaptive, smallest: 2}"], "accumulation.smallest is 2"),
-        (["accumulation={schedule: adaptive}"], "the smallest batch is 2 rows, one micro-batch of 2.*Use smallest 0.5"),
-        (["accumulation={schedule: adaptive}", "training.per_device_train_batch_size=8"], "Use a smaller micro-batch"),
+        (
+            ["accumulation={schedule: adaptive}", PADDED],
+            "the smallest batch is 2 rows, one micro-batch of 2.*Use smallest 0.5",
+        ),
+        (
+            ["accumulation={schedule: adaptive}", PADDED, "training.per_device_train_batch_size=8"],
+            "Use a smaller micro-batch",
+        ),
     ],
 )
 def test_an_adaptive_batch_needs_sizes_between_which_it_can_measure(recipe, overrides, words):
@@ -176,7 +184,7 @@ def test_an_adaptive_batch_needs_sizes_between_which_it_can_measure(recipe, over
 
 
 def test_an_adaptive_batch_is_planned_with_its_limits(recipe, capsys):
-    check(str(recipe), ["accumulation={schedule: adaptive, smallest: 0.5, largest: 8}"], None)
+    check(str(recipe), ["accumulation={schedule: adaptive, smallest: 0.5, largest: 8}", PADDED], None)
     assert (
         "then 4 rows (K=2) to 64 rows (K=32) by the gradient noise scale, measured every 5 windows"
         in capsys.readouterr().out

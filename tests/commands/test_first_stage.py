@@ -14,12 +14,12 @@ from finetune.commands.cli import app
 from tests.support.launch import ROOT, environment
 
 SLOW = {"torch", "transformers", "datasets", "accelerate", "deepspeed", "peft", "bitsandbytes"}
-# What the first stage refuses, and a part of its message. {folder} holds recipe.yaml, whose batch does not divide.
+# What the first stage refuses, and a part of its message. {folder} holds recipe.yaml, which packs and gives K.
 REFUSED = {
-    "train": ("{folder}/recipe.yaml", "global_batch_size"),
-    "check": ("{folder}/recipe.yaml", "global_batch_size"),
-    "plan": ("{folder}/recipe.yaml", "global_batch_size"),
-    "verify": ("{folder}/recipe.yaml", "global_batch_size"),
+    "train": ("{folder}/recipe.yaml", "gradient_accumulation_steps"),
+    "check": ("{folder}/recipe.yaml", "gradient_accumulation_steps"),
+    "plan": ("{folder}/recipe.yaml", "gradient_accumulation_steps"),
+    "verify": ("{folder}/recipe.yaml", "gradient_accumulation_steps"),
     "data": ("{folder}/recipe.yaml data.max_lengths=3", "data.max_lengths"),
     "generate": ("{folder}/model Hello", "no such model folder"),
     "export": ("{folder}/adapter {folder}/out --dtype int8", "--dtype is int8"),
@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
     (path / "rows.jsonl").write_text('{"text": "a"}\n')
     (path / "recipe.yaml").write_text(
         "model: {name_or_path: no/model}\ndata: {train: [{path: rows.jsonl}], max_length: 64}\noutput_dir: out\n"
-        "training: {global_batch_size: 7, per_device_train_batch_size: 2, learning_rate: 1.0e-4, max_steps: 1}\n"
+        "training: {global_batch_size: 7, gradient_accumulation_steps: 2, learning_rate: 1.0e-4, max_steps: 1}\n"
     )
     return path
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,10 @@ from finetune.launch.preflight import resolve
 from finetune.launch.strategy import one_process
 from finetune.memory import strategies
 from finetune.memory.estimate import estimate
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.memory.resident import ITEMS
-from finetune.memory.trace import MicroBatchShape, Precision, continued, profile
+from finetune.memory.trace import Precision, combined, profile
+from finetune.memory.traced import factors
 from finetune.model.facts import read_facts
 from finetune.recipe.fields import LoraSection
 from finetune.recipe.load import load_recipe
@@ -91,6 +92,9 @@ def planned(path: Path, *arguments: object) -> dict:
     ranks = options.pop("ranks")
     document = plan.planned(str(path), [word for word in words if "=" in word], *options.values(), ranks and int(ranks))
     return json.loads(json.dumps(document, allow_nan=False))
+
+
+PADDED, MICRO_BATCH = "data.packing=false", "training.per_device_train_batch_size"
 
 
 @pytest.fixture(scope="module")
@@ -194,13 +198,15 @@ def test_mitigations_have_their_order_and_keeps_the_global_batch(tiny, ranks, na
 
 def test_a_smaller_micro_batch_comes_first_and_its_lines_are_right(tiny, tmp_path):
     need = {
-        rows: planned(tiny, f"training.per_device_train_batch_size={rows}")["as_it_stands"]["device"]["expected"]
+        rows: planned(tiny, PADDED, f"training.per_device_train_batch_size={rows}")["as_it_stands"]["device"][
+            "expected"
+        ]
         for rows in (1, 2, 4)
     }
     assert need[1] < need[2] < need[4]
     limit = f"{(need[2] + need[4]) / 2 / 2**10:.3f}KiB"
     steps = "training.gradient_accumulation_steps=2"
-    document = planned(tiny, "training.per_device_train_batch_size=4", steps, "--device-memory", limit)
+    document = planned(tiny, PADDED, "training.per_device_train_batch_size=4", steps, "--device-memory", limit)
     change = document["change"]
     assert list(change) == CHANGE
     assert (change["name"], change["micro_batch_rows"], change["accumulation_steps"]) == ("smaller micro-batch", 2, 4)
@@ -211,14 +217,16 @@ def test_a_smaller_micro_batch_comes_first_and_its_lines_are_right(tiny, tmp_pat
     ]
     assert change["launch_file"] == "accelerate_configs/single_gpu.yaml" and change["launch_lines"] == []
     overrides = [word for word in change["command"].split() if "=" in word]
-    again = planned(tiny, *overrides, "--device-memory", limit)
+    again = planned(tiny, PADDED, *overrides, "--device-memory", limit)
     assert again["fits"] is True and again["as_it_stands"]["device"] == change["device"]
 
 
 def test_an_open_micro_batch_is_the_one_that_training_would_choose(tiny):
     options = ("training.per_device_train_batch_size=auto", "training.gradient_accumulation_steps=auto")
     need = {
-        rows: planned(tiny, f"training.per_device_train_batch_size={rows}")["as_it_stands"]["device"]["expected"]
+        rows: planned(tiny, PADDED, f"training.per_device_train_batch_size={rows}")["as_it_stands"]["device"][
+            "expected"
+        ]
         for rows in (4, 8)
     }
     document = planned(tiny, *options, f"training.device_memory={need[4] / 2**10 + 1:.3f}KiB")
@@ -238,7 +246,7 @@ def test_an_open_micro_batch_is_the_one_that_training_would_choose(tiny):
         (("--device-memory", "40G"), "--device-memory: 40G may mean"),
         (("--host-memory", "0GiB"), "--host-memory: 0GiB is less than one byte"),
         (("--ranks", "0"), "--ranks: 0 is no number of ranks"),
-        (("--ranks", "3"), "does not divide it"),
+        ((PADDED, "--ranks", "3"), "does not divide it"),
     ],
 )
 def test_bad_input_is_one_message(tiny, options, words):
@@ -289,12 +297,15 @@ def test_launch_files_are_what_mitigations_name_them_for():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_traces_are_continued_over_rows_exactly(tmp_path, family):
+def test_other_micro_batches_are_computed_from_three_traces_exactly(tmp_path, family):
     loaded = load_recipe(small_recipe(tmp_path, rows=4, family=family))
     facts = read_facts(loaded)
     for numbers in (Precision("bf16", weights_in_compute_dtype=True), Precision("bf16", on_cpu=False), Precision()):
-        two, five, nine = (profile(loaded, facts, MicroBatchShape(rows, 48), 2, numbers).series for rows in (2, 5, 9))
-        assert continued(two, five, Fraction(7, 3)) == nine
+        places = {(2, 96), (5, 240), (5, 100), (9, 300)}  # rows, positions with logits
+        found = {place: profile(loaded, facts, MicroBatchShape(place[0], 48, place[1]), 2, numbers) for place in places}
+        wanted = found.pop((9, 300))
+        parts = [(factor, found[place].series) for place, factor in factors(list(found), (9, 300))]
+        assert combined(parts) == wanted.series
 
 
 @pytest.fixture

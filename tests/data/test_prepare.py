@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.data.collate import collate
+from finetune.data import collate
 from finetune.data.prepare import held_out_keys
 from finetune.data.prepare import prepare as prepare_data
 from finetune.data.sources import open_source
@@ -263,19 +263,49 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch
         prepare(recipe_of(tmp_path, file), make_tokenizer())
 
 
-def test_collate_pads_on_the_right_and_masks_by_length():
-    rows = [
+@pytest.fixture
+def two_rows() -> list[TokenRow]:
+    return [
         TokenRow(np.array([5, 6, 7], np.int32), np.array([-100, 6, 7], np.int32)),
         TokenRow(np.array([8, 7], np.int32), np.array([-100, 7], np.int32)),
     ]
-    batch = collate(rows, pad_token_id=7)
-    assert {str(values.dtype) for values in batch.values()} == {"torch.int64"}
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 7, 7]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 7, -100]]
-    empty = collate([], pad_token_id=7)
-    assert empty["input_ids"].tolist() == [[7, 7]] and empty["attention_mask"].tolist() == [[1, 1]]
-    assert empty["labels"].tolist() == [[-100, -100]]
+
+
+def listed(batch) -> dict:
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in batch.inputs.items()}
+
+
+def test_padding_is_known_by_length_and_never_trained(two_rows):
+    batch = collate.padded(two_rows, pad_token_id=7)
+    assert {str(values.dtype) for values in batch.inputs.values()} == {"torch.int64"}
+    # positions 0 and 1 of the first row predict 6 and 7, position 0 of the second predicts 7
+    assert listed(batch) == {
+        "input_ids": [[5, 6, 7], [8, 7, 7]],
+        "predicting": [0, 1, 3],
+        "targets": [6, 7, 7],
+    }
+    assert (batch.shape, batch.trained_tokens, batch.input_tokens) == ((2, 3), 3, 5)
+    empty = collate.padded([], pad_token_id=7)
+    assert listed(empty) == {"input_ids": [[7, 7]], "predicting": [], "targets": []}
+    assert (empty.trained_tokens, empty.input_tokens) == (0, 0)
+
+
+def test_packed_rows_follow_each_other_and_begin_at_position_0(two_rows):
+    batch = collate.packed(two_rows, pad_token_id=7)
+    assert listed(batch) == {
+        "input_ids": [[5, 6, 7, 8, 7]],
+        "position_ids": [[0, 1, 2, 0, 1]],
+        "segment_lengths": (3, 2),
+        "predicting": [0, 1, 3],
+        "targets": [6, 7, 7],
+        "cu_seq_lens_q": [0, 3, 5],
+        "cu_seq_lens_k": [0, 3, 5],
+        "max_length_q": 3,
+        "max_length_k": 3,
+    }
+    assert (batch.shape, batch.trained_tokens, batch.input_tokens) == ((1, 5), 3, 5)
+    empty = collate.packed([], pad_token_id=7)
+    assert empty.shape == (1, 2) and empty.segment_lengths == (2,) and empty.trained_tokens == 0
 
 
 @pytest.mark.skipif("FINETUNE_REAL_DATA" not in os.environ, reason="FINETUNE_REAL_DATA is not set")

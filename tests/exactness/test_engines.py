@@ -71,8 +71,9 @@ def test_accumulated_gradient_and_weights_equal_one_batch(launched):
         assert [w["K"] for w in sgd["windows"]][:6] == [17, 8, 3, 8, 1, 1]
         assert all(w["applied"] for w in sgd["windows"])
         assert gradient_error(sgd) <= limit, (launch, found["seed"], sgd)
-        (adamw,) = of(found, name=f"{kind}, AdamW")
-        for case in (sgd, adamw):
+        adamw = [case for name in ("AdamW", "AdamW, packed") for case in of(found, name=f"{kind}, {name}")]
+        assert sgd["packed"] and [case["packed"] for case in adamw] == [False, True]
+        for case in (sgd, *adamw):
             assert case["weight_difference"] <= limit, (launch, found["seed"], case)
 
 

@@ -121,10 +121,7 @@ def test_optimizer_states_are_what_a_real_step_leaves(kind):
         optimizer.step()
     states = [t for state in optimizer.state.values() for t in state.values()]
     assert optimizer_bytes(sizes, kind) == storage_bytes(states)
-    # AdamW: two float32 copies of the largest tensor on the way, and one of the tensor before it
-    buffers = resident_plain(trained(*sizes), 1, kind, on_cpu=True).step["device"].get("buffers", 0)
-    assert buffers == (4 * (2 * 70000 + 5000) if kind == "adamw" else 0)
-    assert tracker.peaks["step"] - before == buffers
+    assert tracker.peaks["step"] == before, "a step takes nothing on the way"
 
 
 def test_checkpoints_on_disk_by_hand():
@@ -154,7 +151,7 @@ def test_one_process_by_hand():
     accumulating = resident_plain(SMALL, 1, "adamw", on_cpu=False, accumulates=True)
     assert accumulating.device["gradients"] == 4400 and not accumulating.backward and not accumulating.step
     on_cpu = resident_plain(SMALL, 1, "adamw", on_cpu=True)
-    assert on_cpu.step == {"device": {"gradients": 4400, "buffers": 2 * 1600 + 800}}  # the head's, after b's
+    assert on_cpu.step == {"device": {"gradients": 4400}}
     assert on_cpu.load == {} and on_cpu.save == {"host": {"parameters": 4400}}
     sgd = resident_plain(SMALL, 1, "sgd", on_cpu=True)
     assert sgd.save == {"host": {"parameters": 4400}} and sgd.device["optimizer states"] == 0
@@ -236,7 +233,7 @@ def test_casts_of_weights_by_hand():
 
 def test_the_loss_by_hand():
     # 3 rows x 5 tokens x 151936 logits x 12 bytes
-    assert activation_bytes(QWEN3_06B, 3, 5, 2, checkpointing=True)["loss"]["logits and loss"] == 27348480
+    assert activation_bytes(QWEN3_06B, 15, 15, 2, checkpointing=True)["loss"]["logits and loss"] == 27348480
 
 
 @pytest.mark.parametrize(
@@ -250,7 +247,7 @@ def test_the_loss_by_hand():
     ],
 )
 def test_guesses_are_near_what_was_traced(shape, rows, options, moment, traced_gib):
-    items = activation_bytes(shape, rows, 2048, 2, **options)[moment].values()
+    items = activation_bytes(shape, rows * 2048, rows * 2048, 2, **options)[moment].values()
     assert sum(items) / GIB == pytest.approx(traced_gib, rel=0.1)
 
 
@@ -279,7 +276,7 @@ def test_real_layers_lie_in_the_range(family, autocast):
     weights = Weights(tuple(Weight(n, p.numel(), True, 4, 0) for n, p in network.layers.named_parameters()))
     casts = cast_bytes(weights) if autocast else 0
     assert kept.requires_grad
-    found = activation_bytes(shape, 2, 256, 2, checkpointing=False, autocast=autocast)["layer"]["activations"]
+    found = activation_bytes(shape, 512, 512, 2, checkpointing=False, autocast=autocast)["layer"]["activations"]
     assert LOW * found < alive - casts < HIGH * found
 
 

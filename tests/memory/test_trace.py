@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from finetune.engine.storages import StorageTracker, pretending
-from finetune.memory.trace import MicroBatchShape, Precision, profile, trace
+from finetune.memory.micro_batch_shape import MicroBatchShape
+from finetune.memory.trace import Precision, profile, trace
 from finetune.model.facts import read_facts
 from finetune.recipe.load import load_recipe
 from tests.support.forked import run
@@ -92,7 +93,7 @@ def test_pretended_tensors_take_no_memory_and_real_numbers_of_bytes():
 def test_adapters_on_one_layer_of_many_are_traced_whole_and_a_continued_trace_has_whole_bytes(tmp_path, monkeypatch):
     from finetune.launch.strategy import one_process
     from finetune.memory.estimate import estimate
-    from finetune.memory.trace import MicroBatchShape
+    from finetune.memory.micro_batch_shape import MicroBatchShape
     from finetune.model.facts import read_facts
     from finetune.model.outline import outlined
     from finetune.recipe.load import load_recipe

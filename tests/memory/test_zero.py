@@ -15,8 +15,9 @@ import pytest
 from finetune.engine.deepspeed.buffers import derive_settings, fill_in
 from finetune.engine.deepspeed.compile import op_is_built
 from finetune.launch.strategy import Strategy
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.memory.resident import Resident
-from finetune.memory.trace import MicroBatchShape, Precision, Profile, profile
+from finetune.memory.trace import Precision, Profile, profile
 from finetune.memory.zero.layout import pinned_bytes
 from finetune.memory.zero.stages import resident_sharded
 from finetune.model.facts import read_facts

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as tensors_in
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from finetune.data.collate import collate
+from finetune.data.collate import padded
 from finetune.data.token_cache import TokenRow
 from finetune.errors import UserError
 from finetune.launch.config_file import read_launch_file
@@ -40,10 +41,10 @@ def load(path: Path, *overrides: str):
     return load_model(loaded, one_process(), read_facts(loaded), CPU)
 
 
-def batch() -> dict[str, torch.Tensor]:
+def batch() -> dict:
     random = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 400, (n,), generator=random, dtype=torch.int32).numpy() for n in (12, 33)]
-    return collate([TokenRow(ids, [-100, *ids[1:]]) for ids in rows], 0)
+    return padded([TokenRow(ids, np.append(-100, ids[1:])) for ids in rows], 0).inputs
 
 
 def gradients(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -51,7 +52,7 @@ def gradients(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, parameter in network.named_parameters():  # B starts at zero, and with it A's gradient
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    sft_loss(network, batch()).backward()
+    sft_loss(network, **batch()).backward()
     return {name: p.grad.clone() for name, p in network.named_parameters() if p.requires_grad}
 
 
@@ -72,11 +73,11 @@ def test_an_evaluation_leaves_the_gradient_of_4_bit_layers_alone(recipe_path):
     before = gradients(network)
     network.eval()
     with torch.no_grad():
-        first = sft_loss(network, batch())
+        first = sft_loss(network, **batch())
     network.train()
     after = gradients(network)
     with torch.no_grad():
-        assert sft_loss(network, batch()) == first
+        assert sft_loss(network, **batch()) == first
     for name, wanted in before.items():
         assert torch.equal(after[name], wanted), name
 

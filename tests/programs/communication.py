@@ -9,14 +9,14 @@ from collections import Counter
 import numpy as np
 import torch
 
-from finetune.data.collate import collate
+from finetune.data.collate import padded
 from finetune.engine.optimizer import make_optimizer
 from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
 from finetune.model.parameters import parameter_elements
-from finetune.objectives.sft import SummedLoss, trained_tokens
+from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 from tests.programs.random_rows import random_rows
 from tests.support.exact_table import PER_DEVICE_ROWS
@@ -40,8 +40,8 @@ def count_collectives(recipe_path: str, strategy) -> list[dict]:
     random, found = np.random.default_rng(7), []
     for k in COUNTED_K:
         for measured in (False, False, True):
-            batches = [collate(random_rows(random, PER_DEVICE_ROWS, facts.vocabulary), 0) for _ in range(k)]
-            (tokens,) = engine.all_reduce_sum(sum(map(trained_tokens, batches)))
+            batches = [padded(random_rows(random, PER_DEVICE_ROWS, facts.vocabulary), 0) for _ in range(k)]
+            (tokens,) = engine.all_reduce_sum(sum(batch.trained_tokens for batch in batches))
             with _profile() if measured else contextlib.nullcontext() as profile:
                 for i, batch in enumerate(batches):
                     engine.micro_step(batch, tokens, last=i == k - 1)

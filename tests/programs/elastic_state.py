@@ -20,7 +20,7 @@ from finetune.batching.layout import split_into_micro_batches
 from finetune.batching.windows import Position
 from finetune.checkpoint import checkpoint, snapshots
 from finetune.checkpoint.progress import Progress
-from finetune.data.collate import collate
+from finetune.data.collate import padded
 from finetune.engine.libraries import prepare_libraries
 from finetune.engine.optimizer import make_optimizer
 from finetune.engine.settings import EngineSettings
@@ -29,7 +29,7 @@ from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
-from finetune.objectives.sft import SummedLoss, trained_tokens
+from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 from tests.programs.random_rows import random_rows
 
@@ -87,10 +87,10 @@ def train(engine, windows: range) -> list[float]:
         random = np.random.default_rng(window)
         rows = random_rows(random, ROWS, 449)
         batches = [
-            collate([rows[i] for i in part], 0)
+            padded([rows[i] for i in part], 0)
             for part in split_into_micro_batches(range(ROWS), engine.ranks, 2)[engine.rank]
         ]
-        (tokens,) = engine.all_reduce_sum(sum(map(trained_tokens, batches)))
+        (tokens,) = engine.all_reduce_sum(sum(batch.trained_tokens for batch in batches))
         loss = sum(engine.micro_step(batch, tokens, last=k == len(batches) - 1) for k, batch in enumerate(batches))
         losses.append(engine.all_reduce_sum(loss)[0] / tokens)
     return losses

@@ -20,6 +20,7 @@ from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
 from finetune.model.parameters import parameter_elements
@@ -51,8 +52,7 @@ def main() -> None:
             return real(parameters, *rest, **options)
 
         parameter.all_gather_coalesced = gather
-    ids = torch.arange(16)[None]
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = MicroBatchShape(1, 16).micro_batch()
     for i in range(3):  # DeepSpeed knows the order of the modules from the second micro-batch on
         counts.clear()
         engine.micro_step(batch, 16, last=i == 1)

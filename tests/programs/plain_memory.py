@@ -20,6 +20,7 @@ from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.environment import from_environment
 from finetune.launch.launcher_command import launched_by
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
 from finetune.objectives.sft import SummedLoss
@@ -33,10 +34,9 @@ def main() -> None:
     loaded, strategy = load_recipe(recipe_path), from_environment(os.environ, launched_by()[1])
     engine = start_engine(EngineSettings(strategy, 3, 1, 1.0))
     network = load_model(loaded, strategy, read_facts(loaded), engine.device)
-    ids = torch.arange(16)[None]
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = MicroBatchShape(1, 16).micro_batch()
     with StorageTracker() as tracker:
-        tracker.forget(batch.values())
+        tracker.forget(batch.tensors)
         tracker.hold([*network.parameters(), *network.buffers()], "parameters")
         engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
         engine.warm_up_ddp_buckets(batch)

@@ -33,7 +33,7 @@ def forgets_k(self, batch, denominator, last):
 
 def own_token_count(self, batch, denominator, last):
     """Each micro-batch divided by its own tokens: the mean of means."""
-    return right_step(self, batch, max(1, int(batch["tokens"])) * self.ranks, last)
+    return right_step(self, batch, max(1, batch.trained_tokens) * self.ranks, last)
 
 
 def loses_all_but_the_last(self, batch, denominator, last):

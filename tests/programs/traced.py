@@ -9,39 +9,45 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from finetune.engine.optimizer import make_optimizer
 from finetune.engine.settings import EngineSettings
 from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.strategy import one_process
-from finetune.memory.trace import MicroBatchShape, Precision, profile
+from finetune.memory.micro_batch_shape import MicroBatchShape
+from finetune.memory.trace import Precision, profile
 from finetune.model.facts import read_facts
-from finetune.model.load import load_model
+from finetune.model.load import load_model, objective_for
+from finetune.model.segment_attention import SEGMENTS
 from finetune.objectives.sft import SummedLoss
 from finetune.recipe.load import load_recipe
 from tests.support.tiny_models import FAMILIES, small_recipe
 
 ROWS, TOKENS = 3, 40
+SAMPLES = (17, 40, 2, 61)  # longer and shorter than a sliding window of 32
+LAYOUTS = {
+    "padded": MicroBatchShape(ROWS, TOKENS, trained=50),
+    "packed": MicroBatchShape(1, sum(SAMPLES), trained=50, segment_lengths=SAMPLES),
+}
 LORA = ["lora.r=4", "lora.alpha=8"]
 
 
-def real_peaks(loaded, facts, padded: bool, precision: str) -> dict[int, int]:
+def real_peaks(loaded, facts, shape: MicroBatchShape, precision: str) -> dict[int, int]:
     """Peak bytes of a window of 1 and of 2 micro-batches, once the optimizer has its states."""
     engine = start_engine(
         EngineSettings(one_process(precision, use_cpu=True), 2, ROWS, loaded.recipe.training.max_grad_norm), print
     )
     network = load_model(loaded, engine.strategy, facts, engine.device)
-    engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, engine.strategy))
-    batch = {name: torch.ones(ROWS, TOKENS, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
-    if padded:
-        batch["attention_mask"][0, -7:] = 0
-        batch["labels"][0, -7:] = -100
+    engine.prepare(
+        SummedLoss(network, objective_for(network, facts)),
+        make_optimizer(network, loaded.recipe.training, engine.strategy),
+    )
+    batch = shape.micro_batch()
     tracker, peaks = StorageTracker(), {}
-    tracker.forget(batch.values())
+    tracker.forget(batch.tensors)
     with tracker:
         tracker.hold([*network.parameters(), *network.buffers()], "parameters")
         for k in (1, 1, 2):
@@ -54,31 +60,29 @@ def real_peaks(loaded, facts, padded: bool, precision: str) -> dict[int, int]:
 
 
 def cases() -> list[tuple]:
-    """(family, checkpointing, LoRA, precision, padded): every family with every pair of the other choices."""
+    """(family, checkpointing, LoRA, precision, layout): every family with every pair of the other choices."""
     corners = [
-        (False, False, "no", True),
-        (False, True, "bf16", False),
-        (True, False, "bf16", True),
-        (True, True, "no", False),
-        (True, False, "no", False),
+        (False, False, "no", "packed"),
+        (False, True, "bf16", "padded"),
+        (True, False, "bf16", "packed"),
+        (True, True, "no", "padded"),
+        (True, False, "no", "padded"),
     ]
     return [(family, *corner) for family in FAMILIES for corner in corners]
 
 
 def main(folder: Path, every: bool) -> None:
     recipes = {family: small_recipe(folder / family, rows=4, family=family) for family in FAMILIES}
-    whole = itertools.product(FAMILIES, (False, True), (False, True), ("no", "bf16"), (False, True))
-    for family, checkpointing, lora, precision, padded in whole if every else cases():
+    whole = itertools.product(FAMILIES, (False, True), (False, True), ("no", "bf16"), LAYOUTS)
+    for family, checkpointing, lora, precision, layout in whole if every else cases():
         overrides = [f"training.gradient_checkpointing={str(checkpointing).lower()}", *(LORA if lora else [])]
         loaded = load_recipe(recipes[family], overrides)
-        facts = read_facts(loaded)
-        real = real_peaks(loaded, facts, padded, precision)
+        shape, packed = LAYOUTS[layout], layout == "packed"
+        facts = replace(read_facts(loaded), attention=SEGMENTS if packed else "", fused_loss=packed)
+        real = real_peaks(loaded, facts, shape, precision)
         for k, peak in real.items():
-            traced = profile(loaded, facts, MicroBatchShape(ROWS, TOKENS, padded), k, Precision(precision))
-            case = (
-                f"{family}, {'checkpointing, ' * checkpointing}{'LoRA, ' * lora}{precision},"
-                f" {'padded' if padded else 'unpadded'}, K={k}"
-            )
+            traced = profile(loaded, facts, shape, k, Precision(precision))
+            case = f"{family}, {'checkpointing, ' * checkpointing}{'LoRA, ' * lora}{precision}, {layout}, K={k}"
             print(
                 json.dumps({"case": case, "traced": traced.peak_bytes, "real": peak, "part": traced.peak}), flush=True
             )

@@ -26,6 +26,7 @@ from finetune.engine.start import start_engine
 from finetune.engine.storages import StorageTracker
 from finetune.launch.environment import from_environment
 from finetune.launch.strategy import Strategy
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.model.distance import relative
 from finetune.model.facts import read_facts
 from finetune.model.load import load_model
@@ -77,8 +78,8 @@ def measure(case: dict, recipe_path: str) -> dict:
         engine.prepare(SummedLoss(network), make_optimizer(network, loaded.recipe.training, strategy))
         gc.collect()
         found = {"prepared": tracker.live_bytes}
-        batch = micro_batch()
-        tracker.forget(batch.values())
+        batch = MicroBatchShape(ROWS, TOKENS).micro_batch()  # the same on every rank
+        tracker.forget(batch.tensors)
         for window in ("first window", "second window"):
             tracker.enter(window)
             for last in (False, True):
@@ -97,12 +98,6 @@ def measure(case: dict, recipe_path: str) -> dict:
     engine.release()
     gc.collect()
     return found | {"seconds": time.perf_counter() - started}
-
-
-def micro_batch() -> dict[str, torch.Tensor]:
-    """The same on every rank, every token trained but the first of a row."""
-    ids = torch.arange(ROWS * TOKENS).reshape(ROWS, TOKENS)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ lora:
 data:
   train:
     - {path: gone.jsonl, splt: train}
-  packing: true
+  packing: sometimes
 training:
   global_batch_sise: 3
   learning_rate: "1e-5"
@@ -54,7 +54,7 @@ cutoff_len: 32
             f" {os.getcwd()}/gone.jsonl."
         ),
         "recipe.yaml:7: data.train[0].splt is not a key of data.train[0]. Did you mean split?",
-        "recipe.yaml:8: data.packing is true, but packing is not available yet: false is the only value.",
+        "recipe.yaml:8: data.packing is 'sometimes'; it must be true or false.",
         "recipe.yaml:10: training.global_batch_sise is not a key of training. Did you mean global_batch_size?",
         "recipe.yaml:11: training.learning_rate is '1e-5'; it must be a number of at least 0. Remove the quotes.",
         (

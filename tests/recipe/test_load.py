@@ -43,7 +43,7 @@ def test_defaults(recipe):
     assert (training.num_train_epochs, training.max_steps) == (1, None)
     assert (training.warmup_ratio, training.warmup_steps) == (0.03, None)
     assert training.per_device_train_batch_size == training.gradient_accumulation_steps == "auto"
-    assert loaded.recipe.data.packing is False
+    assert loaded.recipe.data.packing is True
     assert loaded.recipe.data.train[0].split == "train"
     assert not loaded.is_set("training.seed")
     assert not loaded.is_set("training")

@@ -16,7 +16,7 @@ from finetune.errors import UserError
 from finetune.launch.config_file import read_launch_file
 from finetune.launch.preflight import resolve
 from finetune.memory.estimate import Estimate, estimate
-from finetune.memory.trace import MicroBatchShape
+from finetune.memory.micro_batch_shape import MicroBatchShape
 from finetune.memory.verdict import host_range
 from finetune.model.facts import read_facts
 from finetune.process.host_memory import GIB, HostMemory, host_memory, swap_bytes
@@ -212,14 +212,13 @@ def test_out_of_memory_is_one_message_with_the_smallest_change(small, tmp_path):
     assert done.returncode == 2, done.stderr[-3000:]
     last = done.stderr.rstrip().splitlines()[-1]
     assert re.match(
-        r"window 1 \(after step 0\), micro-batch 1 of 1, rows [\d, .]+ \(64 x 64 tokens\): out of host memory"
+        r"window 1 \(after step 0\), micro-batch 1 of 1, rows [\d, .]+ \(1 x \d+ tokens\): out of host memory"
         r" allocating \d.* [KM]iB\.",
         last,
     )
     assert re.search(r"holds parameters 128\.6 KiB, gradients \d.*, optimizer states 0 B, other \d", last)
     assert last.endswith(
-        "Set training.per_device_train_batch_size to 32: 32 rows x K=2 x 1 rank = 64 rows per step as before, the same"
-        " update."
+        "Set training.per_device_train_batch_size to 32: micro-batches of at most 2,048 tokens, the same update."
     )
     assert "Traceback" not in done.stderr
     document = json.loads((output / "run.json").read_text())

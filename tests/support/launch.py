@@ -55,7 +55,7 @@ def environment(**extra: str) -> dict[str, str]:
         for k, v in os.environ.items()
         if not k.startswith(("ACCELERATE_", "FINETUNE_REQUESTED")) and k != "LOCAL_RANK"
     }
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | extra
+    return kept | {"OMP_NUM_THREADS": "1", "FINETUNE_CPU_THREADS": "1", "PYTHONPATH": str(ROOT)} | extra
 
 
 def program(name: str) -> tuple[str, str]:

@@ -13,10 +13,10 @@ import torch
 from finetune.batching.layout import split_into_micro_batches
 from finetune.batching.noise_scale import NoiseMeasurement, measure
 from finetune.batching.windows import Position, next_window
-from finetune.data.collate import collate
+from finetune.data.collate import padded
 from finetune.launch.strategy import one_process
 from finetune.model.load import load_model
-from finetune.objectives.sft import sft_loss, trained_tokens
+from finetune.objectives.sft import sft_loss
 from finetune.recipe.load import load_recipe
 from finetune.training.job import prepare
 from tests.support.forked import train
@@ -31,6 +31,7 @@ LAUNCHES = {
 OVERRIDES = (
     "accumulation={schedule: adaptive, smallest: 0.5, largest: 2, measure_every: 1}",
     "training.max_steps=9",
+    "data.packing=false",
     "training.adam_epsilon=1e-6",
     "training.lr_scaling=sqrt",
     "training.reference_batch_size=8",
@@ -53,12 +54,12 @@ def first_window(recipe_path: Path, ranks: int) -> NoiseMeasurement:
     window = next_window(Position(), len(plan.data.train), 8, loaded.recipe.training.seed)
     total, squares, tokens, count = None, 0.0, 0, 0
     for micro_batch in (part for share in split_into_micro_batches(window.rows, ranks, 2) for part in share):
-        batch = collate([plan.data.train.row(i) for i in micro_batch], 0)
+        batch = padded([plan.data.train.row(i) for i in micro_batch], 0)
         network.zero_grad()
-        sft_loss(network, batch).backward()
+        sft_loss(network, **batch.inputs).backward()
         gradient = torch.cat([p.grad.double().flatten() for p in network.parameters()])
-        squares += float(gradient @ gradient) / trained_tokens(batch)
-        tokens, count = tokens + trained_tokens(batch), count + 1
+        squares += float(gradient @ gradient) / batch.trained_tokens
+        tokens, count = tokens + batch.trained_tokens, count + 1
         total = gradient if total is None else total + gradient
     return measure(squares, count, tokens, len(window.rows), float(total.norm()) / tokens)
 

@@ -41,7 +41,7 @@ EARLY = {  # answered before torch is imported
     "typo in a key": Case(("training.learning_rat=1e-4",), ("training.learning_rat is not a key", "learning_rate")),
     "typo in the file": Case((), ("typo.yaml:", "data.max_lenght is not a key", "max_length"), recipe="typo.yaml"),
     "a batch that does not divide": Case(
-        ("training.global_batch_size=10", "training.per_device_train_batch_size=4"),
+        ("training.global_batch_size=10", "training.per_device_train_batch_size=4", "data.packing=false"),
         ("training.global_batch_size is 10, but 4 rows x 2 ranks = 8 does not divide it. Use 8 or 16",),
         TWO_RANKS,
     ),
@@ -169,7 +169,12 @@ def check_launched(end: Ended, says: str) -> None:
 def test_two_ranks_that_do_not_divide_the_batch_say_so_once(folder, tmp_path):
     recipe = folder / "recipe.yaml"
     end = launched(
-        tmp_path, CONFIGS / "cpu_2_ranks.yaml", recipe, "training.global_batch_size=6", f"output_dir={tmp_path / 'run'}"
+        tmp_path,
+        CONFIGS / "cpu_2_ranks.yaml",
+        recipe,
+        "training.global_batch_size=6",
+        "data.packing=false",
+        f"output_dir={tmp_path / 'run'}",
     )
     check_launched(end, "training.global_batch_size is 6, but 2 rows x 2 ranks = 4 does not divide it.")
 

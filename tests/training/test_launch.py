@@ -86,6 +86,7 @@ def test_torchrun_starts_two_ranks(recipe, env, tmp_path):
         "accumulation_steps": 2,
         "ranks": 2,
         "open": False,
+        "row_tokens": 64,
     }
     steps = [row for row in metrics(output) if "loss" in row]
     assert [row["rows"] for row in steps] == [8] * 5, "40 rows after 10 were held out"

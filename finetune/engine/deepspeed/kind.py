@@ -48,7 +48,7 @@ def end_window(prepared: Prepared) -> tuple[float, bool]:
     return norm, applied
 
 
-def warm_up_buckets(prepared: Prepared, batch: dict[str, Tensor]) -> None:
+def warm_up_buckets(prepared: Prepared, inputs: dict[str, Any]) -> None:
     """Have DDP rebuild its buckets before the first window: DeepSpeed does not rebuild its own."""
 
 

@@ -51,9 +51,6 @@ class Layout:
         self.optimizer_place, self.parameter_place = PLACE[strategy.offload_optimizer], PLACE[strategy.offload_param]
         # bitsandbytes keeps a float32 scale per block of 256 elements of either moment
         self.moments = MOMENTS_BYTES[optim] * (1 + 4 / 256 if "8bit" in optim else 1)
-        # torch's AdamW without fused kernels: a denominator and a quotient of the parameter's size; DeepSpeed's CPU
-        # Adam and SGD: none
-        self.step_bytes = 8 if optim == "adamw" and on_cpu and strategy.offload_optimizer == "none" else 0
         self.bucket = int(settings["reduce_bucket_size"])
         self.always: Places = defaultdict(Counter)
         self.backward: Places = defaultdict(Counter)

@@ -60,7 +60,6 @@ def _stage_2_gradients(at: Layout, part: int) -> None:
     window = at.always if at.accumulates else at.backward
     if at.mixed:
         window["device"][GRADIENTS] += GRADIENT_BYTES * part
-        at.step["device"][BUFFERS] += at.step_bytes * part
     elif at.optimizer_place != "device":
         if at.accumulates:
             at.always["host"][GRADIENTS] += sum(at.host_bytes(GRADIENT_BYTES * elements) for elements in touching)
@@ -74,8 +73,7 @@ def _stage_2_gradients(at: Layout, part: int) -> None:
                 else 0
             )
             at.flush["device"][GRADIENTS] += max(0, whole - gone)
-        flat = GRADIENT_BYTES * part
-        at.step["device"][BUFFERS] += max(flat, flat - whole + at.step_bytes * part)
+        at.step["device"][BUFFERS] += GRADIENT_BYTES * part
 
 
 def _stage_1_gradients(at: Layout, trained: int, part: int) -> None:
@@ -89,10 +87,6 @@ def _stage_1_gradients(at: Layout, trained: int, part: int) -> None:
     flattened = GRADIENT_BYTES * (min(at.bucket, trained) if at.ranks > 1 else 0)
     moved = at.weights.trained_elements if at.optimizer_place == "device" else 0
     at.step["device"][BUFFERS] += flattened + GRADIENT_BYTES * max(0, min(touching, moved) - min(at.bucket, trained))
-    # the whole gradients and the bucket are gone, and a flat copy of this rank's part is there
-    if at.optimizer_place == "device":
-        stepping = (GRADIENT_BYTES + at.step_bytes) * part - GRADIENT_BYTES * (at.bucket + at.weights.trained_elements)
-        at.step["device"][BUFFERS] = max(at.step["device"][BUFFERS], stepping)
 
 
 def _bf16_gradients(at: Layout, trained: int, part: int) -> None:
@@ -102,7 +96,7 @@ def _bf16_gradients(at: Layout, trained: int, part: int) -> None:
     at.always["device"][GRADIENTS] += GRADIENT_BYTES * trained
     (at.always if at.accumulates else at.backward)["device"][GRADIENTS] += at.compute * at.weights.trained_elements
     reduced = at.compute * trained if at.ranks > 1 else 0  # sent in bf16 (engine.py, allreduce_bucket)
-    at.step["device"][BUFFERS] += max(reduced, at.step_bytes * part)
+    at.step["device"][BUFFERS] += reduced
 
 
 def _touching(trained: Iterable[Weight], part: int, ranks: int) -> list[int]:

@@ -56,7 +56,7 @@ def stage_3(at: Layout) -> Resident:
         at.always["host"][BUFFERS] += buffers * 4 * aligned(shard.largest_group, 4)
     else:
         # _prepare_fp32_grad_for_sub_group flattens a sub-group's gradients into a copy
-        at.step["device"][BUFFERS] += (GRADIENT_BYTES + at.step_bytes) * shard.largest_group
+        at.step["device"][BUFFERS] += GRADIENT_BYTES * shard.largest_group
     at.backward["device"][GRADIENTS] += at.compute * shard.largest_trained_module
     # reduce_scatter_coalesced (comm/coalesced_collectives.py) concatenates a bucket, and pads a parameter larger than
     # that if the ranks do not divide it; gloo's reduce_scatter copies for a moment; then the rank's part becomes

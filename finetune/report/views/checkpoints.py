@@ -82,7 +82,7 @@ def _writer(entry: Mapping) -> str:
     several = count(entry["ranks"], "rank")
     plain = "one process" if entry["ranks"] == 1 else f"DDP, {several}"
     engine = f"ZeRO-{entry['zero_stage']}, {several}" if entry["engine"] == "DeepSpeed" else plain
-    precision = {"no": "float32"}.get(entry["mixed_precision"], entry["mixed_precision"])
+    precision = {"no": "no mixed precision"}.get(entry["mixed_precision"], entry["mixed_precision"])
     return f"{engine}, {precision}"
 
 

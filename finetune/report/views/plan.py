@@ -63,8 +63,7 @@ def _head(document: Mapping) -> Text:
                 ),
                 (
                     f"  batch   {batch['global_batch_rows']} rows of at most {model['longest_row_tokens']:,} tokens per"
-                    f" optimizer step = {batch['per_device_rows']} per micro-batch x K={batch['accumulation_steps']} x"
-                    f" {ranks}"
+                    f" optimizer step{_layout(batch, ranks)}"
                 ),
                 f"  launch  {launch['source']}, {ranks}, {numbers}",
                 f"  memory  device: {there['device']}; host: {there['host']}",
@@ -139,6 +138,14 @@ def _legend(document: Mapping) -> list[str]:
     return lines
 
 
+def _layout(batch: Mapping, ranks: str) -> str:
+    """How a step's rows become micro-batches; packed, rows are planned for at their full length."""
+    rows, steps = batch["per_device_rows"], batch["accumulation_steps"]
+    if batch["row_tokens"] is None:
+        return f" = {rows} per micro-batch x K={steps} x {ranks}"
+    return f" on {ranks}, packed; planned with full rows: {rows} per micro-batch, K={steps} at most"
+
+
 def _stands(document: Mapping) -> Text:
     row, word = document["as_it_stands"], document["verdict"]
     device, host = row["device"], row["host_total"]
@@ -153,6 +160,14 @@ def _stands(document: Mapping) -> Text:
     if memory["host_bytes"] is None and word != "unknown":
         lines.append("\n  this is the device's answer: the host is not judged without --host-memory")
     return head.append(Text("".join(lines), style="not bold default"))
+
+
+def _product(batch: Mapping, rows: int, steps: int, ranks: int) -> str:
+    if batch["row_tokens"] is not None:
+        tokens, step = count(rows * batch["row_tokens"], "token"), count(batch["global_batch_rows"], "row")
+        return f"packed micro-batches of at most {tokens}, {step} per step as before"
+    product = f"{count(rows, 'row')} x K={steps} x {count(ranks, 'rank')} = {rows * steps * ranks}"
+    return f"{product} rows per step, as before ({batch['global_batch_rows']})"
 
 
 def _three(need: Mapping) -> str:
@@ -180,10 +195,7 @@ def _changes(document: Mapping) -> Text | None:
     paper = " on paper (arithmetic, not measured)" if document["impossible"] else ""
     lines = [
         f"The cheapest change that makes it fit{paper}: {change['name']} ({need}; {WORDS[change['verdict']]})",
-        (
-            f"  {count(rows, 'row')} x K={steps} x {count(ranks, 'rank')} = {rows * steps * ranks}"
-            f" rows per step, as before ({batch['global_batch_rows']}); {kept}"
-        ),
+        (f"  {_product(batch, rows, steps, ranks)}; {kept}"),
     ]
     if change["recipe_lines"]:
         lines += ["  recipe:", *(f"    {line}" for line in change["recipe_lines"])]
