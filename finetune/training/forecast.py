@@ -24,10 +24,10 @@ from finetune.recipe.load import LoadedRecipe
 from finetune.report.text import count, human_bytes
 from finetune.training.job import JobSpec
 
+MOST_WINDOWS = 10_000  # that are laid out beforehand: seconds
 # What a trainer's process takes from the forecast to its steps beside tensors: libraries that are imported by then,
 # kernels' own memory. Medians of docs/benchmarks/memory.md's runs without it, on Linux and the CPU; a GPU's driver
 # takes more, unmeasured.
-MOST_WINDOWS = 10_000  # that are laid out beforehand: seconds
 LATER_BYTES = {"single": 45 * 2**20, "ddp": 50 * 2**20, "deepspeed": 110 * 2**20}
 
 
