@@ -104,6 +104,11 @@ class BatchPlan:
                 f"{self.global_batch_rows} rows per optimizer step over {count(self.ranks, 'rank')}, packed into"
                 f" micro-batches of at most {self.micro_batch_size}"
             )
+        if self.per_device_rows * self.accumulation_steps * self.ranks != self.global_batch_rows:
+            return (
+                f"{self.global_batch_rows} rows per optimizer step over {count(self.ranks, 'rank')}, in K="
+                f"{self.accumulation_steps} micro-batches of at most {self.micro_batch_size}"
+            )
         return (
             f"{self.global_batch_rows} rows per optimizer step = {count(self.per_device_rows, 'row')} per micro-batch"
             f" x K={self.accumulation_steps} micro-batches x {count(self.ranks, 'rank')}"

@@ -7,6 +7,7 @@ proportion to their weights. Row n of the stream is therefore the same on every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -45,10 +46,12 @@ class StreamRows:
     `lengths` holds max_length alone: how long rows are is known when they come. `fingerprint` names the content.
     """
 
-    def __init__(self, samples: Callable[[], Iterator[Encoded]], max_length: int, fingerprint: str):
+    def __init__(
+        self, samples: Callable[[], Iterator[Encoded]], max_length: int, fingerprint: str, kept_rows: int = _KEPT_ROWS
+    ):
         self._start, self._samples = samples, samples()
         self._kept: dict[int, TokenRow] = {}
-        self._next = 0
+        self._next, self._kept_rows = 0, kept_rows
         self.lengths = np.array([max_length], np.int64)
         self.fingerprint = fingerprint
 
@@ -65,7 +68,7 @@ class StreamRows:
             sample = next(self._samples)
             labels = np.where(sample.trained, sample.input_ids, np.int32(IGNORED))
             self._kept[self._next] = TokenRow(sample.input_ids, labels)
-            self._kept.pop(self._next - _KEPT_ROWS, None)
+            self._kept.pop(self._next - self._kept_rows, None)
             self._next += 1
         return self._kept[index]
 
@@ -89,7 +92,10 @@ def open_stream(
     samples = partial(mixed, tokenizer, formats, loaded, sources)
     summary = {**checked.summary, "streaming": True, "max_token_id": max(tokenizer.get_vocab().values())}
     say(f"data: {count(len(sources), 'source')} streamed, tokenised while training")
-    rows = StreamRows(samples, section.max_length, f"{checked.train.fingerprint}-stream")
+    accumulation, window = loaded.recipe.accumulation, loaded.recipe.training.global_batch_size
+    largest = window * math.ceil(accumulation.largest if accumulation.schedule == "adaptive" else 1)
+    # the rows of a window are asked for in any order
+    rows = StreamRows(samples, section.max_length, f"{checked.train.fingerprint}-stream", max(_KEPT_ROWS, 2 * largest))
     return PreparedData(rows, checked.evaluation, summary)
 
 

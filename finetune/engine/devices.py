@@ -17,6 +17,16 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
+def flash_device() -> torch.device | None:
+    """This process's GPU, where it runs the flash attention kernels that torch brings: NVIDIA's from compute capability
+    8.0 (A100) on; else None.
+    """
+    if not (has_accelerator() and torch.version.cuda):
+        return None
+    device = torch.device("cuda", max(0, int(os.environ.get("LOCAL_RANK", "0"))) % torch.cuda.device_count())
+    return device if torch.cuda.get_device_capability(device) >= (8, 0) else None
+
+
 def device_name() -> str:
     """The device people would name: the GPU's product name, or `CPU (n threads)`."""
     if has_accelerator():

@@ -25,7 +25,7 @@ def prepare_libraries(use_cpu: bool = False, deterministic: bool = False) -> Non
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, also where DeepSpeed pads its buffers
         torch.backends.cudnn.benchmark = False
-    threads = cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"))
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # DeepSpeed's ops bring an OpenMP of their own, which reads it later
     if use_cpu:

@@ -47,7 +47,7 @@ def resolve(loaded: LoadedRecipe, strategy: Strategy) -> Resolved:
     problems = compatibility.refusals(loaded, strategy) + _trackers_not_installed(loaded)
     planned = collect(problems, lambda: plan_batch(loaded, strategy))
     if planned is not None:
-        problems += _too_few_to_measure(loaded, planned[0])
+        problems += too_few_to_measure(loaded, planned[0])
     if problems or planned is None:
         raise UserError(problems)
     batch, max_grad_norm = planned
@@ -64,7 +64,7 @@ def _trackers_not_installed(loaded: LoadedRecipe) -> list[str]:
     ]
 
 
-def _too_few_to_measure(loaded: LoadedRecipe, batch: BatchPlan) -> list[str]:
+def too_few_to_measure(loaded: LoadedRecipe, batch: BatchPlan) -> list[str]:
     """The problem, if any, that an adaptive batch's smallest window has fewer than two micro-batches with rows.
 
     The gradient noise is what the micro-batches of a window differ by.
@@ -77,11 +77,14 @@ def _too_few_to_measure(loaded: LoadedRecipe, batch: BatchPlan) -> list[str]:
     if smallest > (batch.per_device_rows if batch.row_tokens is None else 1):
         return []
     key = "accumulation.smallest"
-    enough = 2.0 ** math.ceil(math.log2((batch.per_device_rows + 1) / batch.global_batch_rows))
+    needed = batch.per_device_rows + 1 if batch.row_tokens is None else 2
+    enough = 2.0 ** math.ceil(math.log2(needed / batch.global_batch_rows))
     change = f"Use smallest {enough:g}, or a smaller micro-batch." if enough <= 1 else "Use a smaller micro-batch."
+    if batch.row_tokens is not None:
+        change = f"Use smallest {enough:g}." if enough <= 1 else "Use a larger training.global_batch_size."
     return [
         f"{loaded.location(key)}: {key} is {accumulation.smallest:g}, so the smallest batch is"
-        f" {count(smallest, 'row')}, one micro-batch of {batch.per_device_rows}. The gradient noise is measured between"
+        f" {count(smallest, 'row')}, one micro-batch. The gradient noise is measured between"
         f" the micro-batches of a window: at least two must have rows. {change}"
     ]
 

@@ -80,12 +80,14 @@ def choose_micro_batch(
     budget, source = budget_bytes(settled)
     sizes = micro_batches(settled)
     needs: dict[int, float] = {}
+    # an adaptive batch grows, and where it is measured it has two micro-batches: one meets gradients
+    least = 2 if loaded.recipe.accumulation.schedule == "adaptive" else 1
 
     def fits(rows: int) -> bool:
         trained = None if loaded.recipe.data.streaming else most_trained(held, rows, longest_tokens, batch)
         shape = MicroBatchShape(rows, longest_tokens, trained)
         needs[rows] = needed_bytes(
-            estimate(loaded, facts, strategy, shape, batch.rows_per_rank // rows, on_cpu=not has_accelerator())
+            estimate(loaded, facts, strategy, shape, max(least, -(-batch.rows_per_rank // rows)), not has_accelerator())
         )
         return needs[rows] <= budget
 

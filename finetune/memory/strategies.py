@@ -159,10 +159,10 @@ def _in_words(settled: Resolved, scenario: Scenario) -> str:
         smaller, training = next_smaller(settled.batch), settled.loaded.recipe.training
         assert smaller is not None, "there is no such mitigation for one row"
         if smaller.row_tokens is not None:
-            return (
-                f"set training.per_device_train_batch_size to {smaller.per_device_rows}: micro-batches of at most"
-                f" {smaller.micro_batch_size}, the same update"
-            )
+            less = f"micro-batches of at most {smaller.micro_batch_size}, the same update"
+            if training.per_device_train_batch_size == "auto":
+                return f"set training.device_memory to less than what is there: smaller micro-batches, such as {less}"
+            return f"set training.per_device_train_batch_size to {smaller.per_device_rows}: {less}"
         steps = smaller.accumulation_steps
         also = f" and training.gradient_accumulation_steps to {steps}"
         return (

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from finetune.data.collate import packed, padded
 from finetune.data.token_cache import IGNORED, TokenRow
 from finetune.errors import reason
+from finetune.launch.compatibility import FLASH
 from finetune.launch.strategy import Strategy
 from finetune.model import segment_attention
 from finetune.model.facts import ModelFacts, optional_packages
@@ -30,34 +31,42 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 TOLERANCE = 1e-4  # relative L2 in float32; what is right differs by 1e-6, what is wrong by 1e-2 and more
+BF16_TOLERANCE = 0.1  # some roundings of 2^-8 in a row; samples that see each other differ by 0.5 and more
 LENGTHS = (7, 2, 13, 1, 9)  # tokens of the samples
 WINDOW = 4  # tokens, of sliding windows and chunks: shorter than most samples
 VOCABULARY = 64
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
 
 
-def packing_kernel(loaded: LoadedRecipe, strategy: Strategy) -> str:
+def packing_kernel(loaded: LoadedRecipe, strategy: Strategy, flash_device: torch.device | None) -> str:
     """The attention kernel for packed rows, by its name in transformers: the recipe's, or the fastest that keeps them
-    apart here.
+    apart here. `flash_device` runs flash kernels; None: there is none.
     """
     asked = loaded.recipe.model.attn_implementation
     if asked not in ("auto", "sdpa"):
         return asked
-    on_gpu = not strategy.use_cpu and strategy.mixed_precision != "no"
+    on_gpu = flash_device is not None and not strategy.use_cpu and strategy.mixed_precision != "no"
     varlen = on_gpu and segment_attention.has_varlen()
     return segment_attention.VARLEN if varlen else segment_attention.SEGMENTS
 
 
-def why_not_isolated(loaded: LoadedRecipe, kernel: str) -> str:
-    """Why this kernel does not keep packed samples apart in the recipe's model; "" where the proof passes."""
+def why_not_isolated(loaded: LoadedRecipe, kernel: str, flash_device: torch.device | None = None) -> str:
+    """Why this kernel does not keep packed samples apart in the recipe's model; "" where the proof passes.
+
+    In float32 on the CPU; flash kernels, which run neither there nor in that type, in bf16 on their device, too.
+    """
+    flash = flash_device is not None and kernel in (segment_attention.VARLEN, *FLASH)
+    runs = [] if flash and kernel in FLASH else [(torch.device("cpu"), torch.float32, TOLERANCE)]
+    runs += [(flash_device, torch.bfloat16, BF16_TOLERANCE)] if flash else []
     segment_attention.register()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), optional_packages():
             torch.manual_seed(0)
-            worst = _worst_difference(loaded, kernel)
+            found = [(_worst_difference(loaded, kernel, *run[:2]), run[2]) for run in runs]
     except Exception as error:  # noqa: BLE001 - a model's own code may raise anything, and then trains padded
         return f"its layers do not run on a packed row ({reason(error)})"
-    return "" if worst <= TOLERANCE else f"packed samples differ from samples alone by {worst:.0e}"
+    wrong = [worst for worst, tolerance in found if not worst <= tolerance]
+    return f"packed samples differ from samples alone by {wrong[0]:.0e}" if wrong else ""
 
 
 def with_fused_loss(loaded: LoadedRecipe, strategy: Strategy, facts: ModelFacts) -> ModelFacts:
@@ -93,18 +102,22 @@ def _with_strong_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def _worst_difference(loaded: LoadedRecipe, kernel: str) -> float:
-    """Relative L2 difference of the logits, of the sample where it is largest."""
+def _worst_difference(loaded: LoadedRecipe, kernel: str, device: torch.device, dtype: torch.dtype) -> float:
+    """Relative L2 difference of the logits, of the sample where it is largest; packed in this type, alone in
+    float32.
+    """
     config = _tiny(loaded)
     alone, together = (_build(loaded, config, attention) for attention in (None, kernel))
     _with_strong_weights(alone)
     together.load_state_dict(alone.state_dict())
+    alone, together = alone.to(device), together.to(device, dtype)
     samples = [torch.randint(1, VOCABULARY, (length,)).numpy() for length in LENGTHS]
     inputs = dict(packed([TokenRow(ids, np.full(len(ids), IGNORED)) for ids in samples], 0).inputs)
     del inputs["predicting"], inputs["targets"]
-    found = together(**inputs, use_cache=False).logits
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    found = together(**inputs, use_cache=False).logits.float()
     return max(
-        _difference(part, alone(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits)
+        _difference(part, alone(input_ids=torch.from_numpy(ids)[None].to(device), use_cache=False).logits)
         for part, ids in zip(found.split(LENGTHS, 1), samples, strict=True)
     )
 

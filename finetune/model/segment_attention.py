@@ -87,7 +87,7 @@ def segment_attention(
     windowed = sliding_window is not None and max(segment_lengths) > sliding_window
     alike = query.shape[-1] == key.shape[-1] == value.shape[-1]
     if query.device.type == "cpu" and alike and not (dropout or windowed or softcap is not None):
-        query, key, value = _autocast(query, key, value)
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in _autocast(query, key, value))
         return _CausalSegments.apply(query, key, value, tuple(segment_lengths), scaling), None
     parts = [tensor.split(list(segment_lengths), dim=2) for tensor in (query, key, value)]
     outputs = [_one_segment(q, k, v, dropout, scaling, sliding_window, softcap) for q, k, v in zip(*parts, strict=True)]
@@ -121,6 +121,7 @@ class _CausalSegments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *sums = ctx.saved_tensors
+        gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
         found = [torch.empty_like(t) for t in (query, key, value)]
         for start, end, log_sums in zip((0, *ctx.ends), ctx.ends, sums, strict=False):
             rows = slice(start, end)
@@ -194,6 +195,7 @@ def varlen_attention(
     `cu_seq_lens_q` (segments + 1,) int32 are their cumulative lengths on the device. Shapes as in `segment_attention`,
     which takes over where the kernel has not what the layer asks for.
     """
+    query, key, value = _autocast(query, key, value)  # rotary embeddings leave two of them in float32
     size = query.shape[-1]
     fits = size == value.shape[-1] and size % 8 == 0 and size <= 256 and query.dtype in (torch.float16, torch.bfloat16)
     if dropout or softcap is not None or not fits or cu_seq_lens_q is None or not segment_lengths:

@@ -42,10 +42,11 @@ def largest_shapes(plan: JobSpec) -> list[tuple[MicroBatchShape, bool]]:
     if recipe.data.streaming or sizes.varies or sizes.adapts:
         longest = recipe.data.max_length if recipe.data.streaming else int(train.lengths.max())
         shape = MicroBatchShape(batch.per_device_rows, longest)
-        if batch.row_tokens is not None:
-            lengths = (batch.row_tokens,) * batch.per_device_rows
-            shape = MicroBatchShape(1, sum(lengths), segment_lengths=lengths)
-        return [(shape, batch.accumulation_steps > 1)]
+        if batch.budget_tokens is not None:
+            tokens = min(batch.budget_tokens, longest * math.ceil(sizes.largest_rows / batch.ranks))
+            whole, rest = divmod(tokens, longest)
+            shape = MicroBatchShape(1, tokens, segment_lengths=(longest,) * whole + ((rest,) if rest else ()))
+        return [(shape, sizes.adapts or batch.steps(sizes.largest_rows) > 1)]
     lengths, trained = train.lengths.tolist(), train.trained.tolist()
     found: dict[tuple[bool, str], tuple[int, tuple[int, ...]]] = {}
     for window in itertools.islice(_windows(plan), MOST_WINDOWS):
@@ -101,7 +102,7 @@ def forecast(plan: JobSpec) -> tuple[Estimate, MicroBatchShape] | str:
     """The memory of this run before it starts, and the micro-batch that decides it; why it is not known, which is no
     reason not to train.
     """
-    steps = plan.batch.accumulation_steps
+    steps = max(2, plan.batch.accumulation_steps)
     try:
         found = [
             (

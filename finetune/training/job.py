@@ -24,7 +24,7 @@ from finetune.data.prepare import PreparedData
 from finetune.data.prepare import prepare as prepare_data
 from finetune.data.stream import StreamRows, open_stream
 from finetune.data.token_cache import TokenRows
-from finetune.engine.devices import has_accelerator
+from finetune.engine.devices import flash_device, has_accelerator
 from finetune.engine.engine import Engine
 from finetune.engine.optimizer import make_optimizer, optimizer_name
 from finetune.engine.scale_check import check_scale, start_probe_engine
@@ -157,17 +157,23 @@ def fastest(
 ) -> tuple[ModelFacts, BatchPlan]:
     """The facts with the fastest ways that this model is proved to go: the attention kernel for packed rows where the
     recipe packs, else the batch of padded rows and a line that says why; and a head that computes the loss itself.
+
+    Raises UserError where padded rows are too few for what the recipe asks.
     """
     facts = with_fused_loss(loaded, strategy, facts)
     if batch.row_tokens is None:
         return facts, batch
-    kernel = packing_kernel(loaded, strategy)
-    if why := why_not_isolated(loaded, kernel):
+    device = flash_device()
+    kernel = packing_kernel(loaded, strategy, device)
+    if why := why_not_isolated(loaded, kernel, device):
         say(
             f"{loaded.location('data.packing')}: data.packing is true, but {facts.architecture} cannot keep packed rows"
             f" apart: {why}. Its rows are padded: the same mathematics, slower."
         )
-        return facts, replace(batch, row_tokens=None)
+        padded = replace(batch, row_tokens=None)
+        if problems := preflight.too_few_to_measure(loaded, padded):
+            raise UserError(problems)
+        return facts, padded
     return replace(facts, attention=kernel), batch
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,8 @@ def verification(recipe_path: str, overrides: Sequence[str], settled: Resolved, 
     facts = read_facts(small)
     facts = dataclasses.replace(facts, vocabulary=needed_vocabulary(small, strategy, facts, tokenizer, max_token_id))
     facts, batch = fastest(small, strategy, facts, batch, _to_stderr)
+    if batch.row_tokens is not None:  # or all of these shortened rows would fit into one micro-batch
+        batch = dataclasses.replace(batch, row_tokens=max(len(row.input_ids) for row in rows))
     padding = padding_id(tokenizer, facts.vocabulary)
     reference = Reference(small, facts, padding) if os.environ.get("RANK", "0") == "0" else None
     engine = start_engine(
@@ -140,7 +143,8 @@ def _case(
     engine: Engine, reference: Reference | None, name: str, rows: list[TokenRow], batch: BatchPlan, padding: int
 ) -> Case | None:
     """One window through the engine; on rank 0 (with the reference) the case, None elsewhere. A collective."""
-    share = batch.deal(range(len(rows)), [len(row.input_ids) for row in rows])[engine.rank]
+    lengths, fewest = [len(row.input_ids) for row in rows], math.ceil(len(rows) / batch.per_device_rows)
+    share = batch.deal(range(len(rows)), lengths, fewest)[engine.rank]
     make = collate.padded if batch.row_tokens is None else collate.packed
     share += [()] * name.startswith("empty")  # also where one rank would have none
     before = engine.full_state_dict(only_trained=True)

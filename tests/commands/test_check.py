@@ -170,7 +170,7 @@ def test_stages_without_a_schedule_and_unknown_schedules_are_refused(recipe):
         (["accumulation={schedule: adaptive, smallest: 2}"], "accumulation.smallest is 2"),
         (
             ["accumulation={schedule: adaptive}", PADDED],
-            "the smallest batch is 2 rows, one micro-batch of 2.*Use smallest 0.5",
+            "the smallest batch is 2 rows, one micro-batch. .*Use smallest 0.5",
         ),
         (
             ["accumulation={schedule: adaptive}", PADDED, "training.per_device_train_batch_size=8"],

@@ -54,6 +54,7 @@ def checked(result) -> dict:
         "K = 1",
     ]
     assert all(set(case) == CASE_KEYS and case["passed"] for case in report["cases"])
+    assert report["cases"][0]["micro_batches"] >= 2 and report["cases"][-1]["micro_batches"] == 1
     return report
 
 

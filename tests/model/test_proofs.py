@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -95,8 +96,6 @@ def test_what_cannot_be_packed_is_padded_and_said_in_one_line(tmp_path):
 
 
 def test_the_proof_leaves_randomness_alone(tmp_path):
-    import torch
-
     loaded = recipe_of(tmp_path, "llama")
     torch.manual_seed(3)
     wanted = torch.rand(3)
@@ -119,3 +118,39 @@ def test_a_head_computes_the_loss_only_where_the_logits_are_used_as_they_are(tmp
         config = json.loads((tmp_path / "model" / "config.json").read_text())
         (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"logits_scaling": 8.0}))
     assert takes_fused_loss(loaded) is plain
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "qwen3_moe"])
+def test_in_bf16_the_proof_passes_for_what_is_right_alone(tmp_path, family, monkeypatch):
+    loaded = recipe_of(tmp_path, family)
+    # as on a GPU with flash kernels; the CPU's own stands in for theirs
+    monkeypatch.setattr(proofs, "FLASH", (segment_attention.SEGMENTS,))
+    assert why_not_isolated(loaded, segment_attention.SEGMENTS, torch.device("cpu")) == ""
+    real = segment_attention.segment_attention
+    one = lambda *args, segment_lengths=None, **options: real(*args, **options)  # noqa: E731
+    monkeypatch.setattr(segment_attention, "segment_attention", one)
+    assert "differ" in why_not_isolated(loaded, segment_attention.SEGMENTS, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "override, on_flash, kernel",
+    [
+        ("model.attn_implementation=auto", True, segment_attention.VARLEN),
+        ("model.attn_implementation=sdpa", True, segment_attention.VARLEN),
+        ("model.attn_implementation=auto", False, segment_attention.SEGMENTS),
+        ("model.attn_implementation=eager", True, "eager"),
+        ("model.attn_implementation=flash_attention_2", True, "flash_attention_2"),
+    ],
+)
+def test_the_kernel_is_the_recipes_or_the_fastest_there_is(tmp_path, override, on_flash, kernel):
+    recipe_of(tmp_path, "llama")
+    loaded = load_recipe(tmp_path / "recipe.yaml", [override])
+    device = torch.device("cpu") if on_flash else None
+    assert proofs.packing_kernel(loaded, one_process("bf16"), device) == kernel
+    if kernel == segment_attention.VARLEN:
+        for other in (one_process("no"), one_process("bf16", use_cpu=True)):
+            assert proofs.packing_kernel(loaded, other, device) == segment_attention.SEGMENTS
+
+
+def test_eager_attention_keeps_rows_apart_by_its_own_mask(tmp_path):
+    assert why_not_isolated(recipe_of(tmp_path, "llama"), "eager") == ""

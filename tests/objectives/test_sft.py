@@ -203,3 +203,30 @@ def test_chunks_of_16_bit_weights_are_added_up_in_float32(monkeypatch):
 
     # 64 chunks lose no more than one
     assert error(32 * 64) < 2 * error(32 * 4096)
+
+
+@pytest.mark.parametrize("denominator", [1000, 3001, 12345])
+def test_the_windows_scale_is_not_rounded_to_16_bits(monkeypatch, denominator):
+    monkeypatch.undo()
+    random = torch.Generator().manual_seed(0)
+    made = [torch.randn(*shape, generator=random).bfloat16() for shape in ((5000, 16), (32, 16))]
+    targets = torch.randint(0, 32, (5000,), generator=random)
+    found = []
+    for factor in (1.0, 1 / denominator):
+        hidden, weight = (t.clone().requires_grad_() for t in made)
+        (fused_cross_entropy.summed_cross_entropy(hidden, weight, None, targets) * factor).backward()
+        found.append([hidden.grad.double(), weight.grad.double()])
+    for whole, part in zip(*found, strict=True):
+        # each element is rounded by itself, to either side: their sum of squares keeps the scale
+        assert abs(float(part.norm() / whole.norm()) * denominator - 1) < 3e-4
+
+
+def test_an_evaluation_computes_no_gradient(monkeypatch):
+    model, products = model_of("llama", SEGMENTS), []
+    real = torch.Tensor.scatter_add_
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda self, *a: products.append(1) or real(self, *a))
+    with torch.no_grad():
+        fused_sft_loss(model, **packed(rows(), 0).inputs)
+    assert not products
+    fused_sft_loss(model, **packed(rows(), 0).inputs)
+    assert products
