@@ -77,20 +77,16 @@ class BatchPlan:
         return max(1, math.ceil(rows / (self.per_device_rows * self.ranks)))
 
     def stages_line(self, schedule: BatchSchedule) -> str:
-        """One line for people: rows and K over the run."""
-        if self.row_tokens is not None:
-            if schedule.adapts:
-                ends = [schedule.rows(0.0, n) for n in (schedule.least_doublings, schedule.most_doublings)]
-                between = " to ".join(count(rows, "row") for rows in ends)
-                return f"then {between} by the gradient noise scale, measured every {schedule.measure_every} windows"
-            return ", ".join(f"{count(rows, 'row')} until {until:.4g} of the run" for until, rows in schedule.stages)
+        """One line for people: rows over the run, and K where rows are padded."""
+
+        def said(rows: int) -> str:
+            return count(rows, "row") + (f" (K={self.steps(rows)})" if self.row_tokens is None else "")
+
         if schedule.adapts:
             ends = [schedule.rows(0.0, doublings) for doublings in (schedule.least_doublings, schedule.most_doublings)]
-            between = " to ".join(f"{rows} rows (K={self.steps(rows)})" for rows in ends)
+            between = " to ".join(map(said, ends))
             return f"then {between} by the gradient noise scale, measured every {schedule.measure_every} windows"
-        return ", ".join(
-            f"{rows} rows (K={self.steps(rows)}) until {until:.4g} of the run" for until, rows in schedule.stages
-        )
+        return ", ".join(f"{said(rows)} until {until:.4g} of the run" for until, rows in schedule.stages)
 
     def line(self) -> str:
         """One line for people: the product and its factors."""

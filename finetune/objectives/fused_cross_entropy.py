@@ -54,7 +54,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             logits = (logits if bias is None else logits + bias).to(precise)
             log_sums = logits.logsumexp(1, keepdim=True)
             total += (log_sums - logits.gather(1, right)).sum()
-            if not (wanted[0] or wanted[1]):
+            if not any(wanted[:3]):
                 continue
             # the gradient by the logits: their softmax, less one at the target
             logits.sub_(log_sums).exp_()

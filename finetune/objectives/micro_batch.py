@@ -35,8 +35,3 @@ class MicroBatch:
     def tensors(self) -> list[Tensor]:
         """The tensors among the inputs."""
         return [value for value in self.inputs.values() if isinstance(value, Tensor)]
-
-    @property
-    def segment_lengths(self) -> tuple[int, ...]:
-        """The tokens of each packed sample; () where rows are padded."""
-        return self.inputs.get("segment_lengths", ())

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from finetune.objectives.fused_cross_entropy import summed_cross_entropy
 
-NOT_TRAINED = -100
 Objective = Callable[..., Tensor]  # (model, **inputs of a MicroBatch) -> summed loss
 
 

@@ -305,7 +305,7 @@ def test_packed_rows_follow_each_other_and_begin_at_position_0(two_rows):
     }
     assert (batch.shape, batch.trained_tokens, batch.input_tokens) == ((1, 5), 3, 5)
     empty = collate.packed([], pad_token_id=7)
-    assert empty.shape == (1, 2) and empty.segment_lengths == (2,) and empty.trained_tokens == 0
+    assert empty.shape == (1, 2) and empty.inputs["segment_lengths"] == (2,) and empty.trained_tokens == 0
 
 
 @pytest.mark.skipif("FINETUNE_REAL_DATA" not in os.environ, reason="FINETUNE_REAL_DATA is not set")

@@ -230,3 +230,15 @@ def test_an_evaluation_computes_no_gradient(monkeypatch):
     assert not products
     fused_sft_loss(model, **packed(rows(), 0).inputs)
     assert products
+
+
+def test_a_trained_bias_alone_gets_its_gradient():
+    random = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=random, dtype=torch.float64) for shape in ((9, 4), (7, 4), (7,))
+    )
+    targets = torch.randint(0, 7, (9,), generator=random)
+    mine, wanted = (bias.clone().requires_grad_() for _ in range(2))
+    fused_cross_entropy.summed_cross_entropy(hidden, weight, mine, targets).backward()
+    F.cross_entropy(F.linear(hidden, weight, wanted), targets, reduction="sum").backward()
+    torch.testing.assert_close(mine.grad, wanted.grad)

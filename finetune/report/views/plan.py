@@ -195,7 +195,7 @@ def _changes(document: Mapping) -> Text | None:
     paper = " on paper (arithmetic, not measured)" if document["impossible"] else ""
     lines = [
         f"The cheapest change that makes it fit{paper}: {change['name']} ({need}; {WORDS[change['verdict']]})",
-        (f"  {_product(batch, rows, steps, ranks)}; {kept}"),
+        f"  {_product(batch, rows, steps, ranks)}; {kept}",
     ]
     if change["recipe_lines"]:
         lines += ["  recipe:", *(f"    {line}" for line in change["recipe_lines"])]
